@@ -1,0 +1,71 @@
+"""The Gaussian latent: posterior draws, its KL divergence, and whitening for the denoiser."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.errors import InputError
+from ldm_jax.keys import normal_like
+
+
+def split_moments(moments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[..., 2C] -> mean and log-variance [..., C]; the log-variance is clamped to [-30, 20]."""
+    mean, logvar = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(logvar, -30.0, 20.0)
+
+
+def sample(moments: jax.Array, keys: jax.Array) -> jax.Array:
+    """A posterior draw z [B,h,w,C] from moments [B,h,w,2C]; row i uses keys[i]."""
+    mean, logvar = split_moments(moments)
+    return mean + jnp.exp(0.5 * logvar) * normal_like(keys, mean)
+
+
+def mode(moments: jax.Array) -> jax.Array:
+    """The posterior's mean [..., C]."""
+    return split_moments(moments)[0]
+
+
+def kl_to_standard_normal(moments: jax.Array) -> jax.Array:
+    """KL(q || N(0, I)) per example [B], in nats, *summed* over the latent as published."""
+    mean, logvar = split_moments(moments)
+    return 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar, axis=(1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitening:
+    """z_white = (z - shift) / scale, per channel; tuples of length C, so that it can be saved."""
+
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def whiten(self, z: jax.Array) -> jax.Array:
+        """[..., C] latents of the autoencoder -> [..., C] latents of the denoiser."""
+        shift, scale = (_last_axis(v, z) for v in (self.shift, self.scale))
+        return (z - shift) / scale
+
+    def unwhiten(self, z: jax.Array) -> jax.Array:
+        """The inverse of `whiten`."""
+        shift, scale = (_last_axis(v, z) for v in (self.shift, self.scale))
+        return z * scale + shift
+
+
+def _last_axis(values, z):
+    return jnp.asarray(values, jnp.float32).reshape((1,) * (z.ndim - 1) + (-1,))
+
+
+def whitening(kind: str, mean: tuple[float, ...], std: tuple[float, ...], global_std: float) -> Whitening:
+    """The whitening that a config names, from the statistics of a latent cache.
+
+    `global`: divide by one number, as LDM does (scale_factor 1/std); `channel`: subtract the mean
+    and divide by the deviation of each channel; `none`: latents as they are (LDM's VQ models).
+    """
+    count = len(mean)
+    kinds = {
+        "global": Whitening((0.0,) * count, (global_std,) * count),
+        "channel": Whitening(tuple(mean), tuple(std)),
+        "none": Whitening((0.0,) * count, (1.0,) * count),
+    }
+    if kind not in kinds:
+        raise InputError(f"whitening {kind!r} is unknown; choose one of {sorted(kinds)}")
+    return kinds[kind]

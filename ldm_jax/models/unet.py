@@ -1,0 +1,257 @@
+"""The U-Net denoiser of Rombach et al. (CVPR 2022), a modified ADM (Dhariwal & Nichol, 2021).
+
+With a context (class, text, layout) every attention is a spatial transformer with cross-attention;
+without one it is ADM's multi-head attention block. Group norm has epsilon 1e-5 in residual blocks
+and ADM attention, 1e-6 in spatial transformers.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.errors import InputError
+from ldm_jax.models.layers import (
+    Conv,
+    Dense,
+    GroupNorm,
+    LayerNorm,
+    attend,
+    check_groups,
+    downsample,
+    parameter_axes,
+    upsample_nearest,
+)
+from ldm_jax.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Exactly one of num_heads and head_channels is positive; the other is 0."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    width: int = 192  # channels at the finest level
+    width_multipliers: tuple[int, ...] = (1, 2, 3, 5)
+    num_res_blocks: int = 2  # per level going down; going up there is one more
+    attention_factors: tuple[int, ...] = (8, 4, 2)  # downsampling factors at which levels attend
+    num_heads: int = 1  # heads of width C / num_heads at every level
+    head_channels: int = 0  # C / head_channels heads of this width
+    transformer_depth: int = 1
+    scale_shift_norm: bool = False  # time scales and shifts the norm instead of being added
+    resample_in_blocks: bool = False  # residual blocks resample, instead of convolutions
+    norm_groups: int = 32
+    compute_dtype: str = "float32"
+
+    def __post_init__(self):
+        widths = [self.width * m for m in self.width_multipliers]
+        check_groups(widths, self.norm_groups, "unet")
+        if (self.num_heads > 0) == (self.head_channels > 0):
+            raise InputError(
+                f"unet num_heads {self.num_heads} and head_channels {self.head_channels}: exactly "
+                "one must be positive, the other 0"
+            )
+        attending = {w for i, w in enumerate(widths) if 2**i in self.attention_factors} | {widths[-1]}
+        bad = sorted(w for w in attending if w % (self.num_heads or self.head_channels))
+        if bad:
+            raise InputError(
+                f"unet: attending width(s) {bad} must divide by "
+                f"{'num_heads' if self.num_heads else 'head_channels'} "
+                f"{self.num_heads or self.head_channels}"
+            )
+
+    def heads(self, channels: int) -> int:
+        return self.num_heads or channels // self.head_channels
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.compute_dtype)
+
+
+def time_embedding(t: jax.Array, width: int) -> jax.Array:
+    """Times [B] -> sinusoids f32 [B,width]: cosines first, frequencies 10000^(-i/half)."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10000.0) / half * jnp.arange(half, dtype=jnp.float32))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _average_pool(x):
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+class _ResBlock(nn.Module):
+    features: int
+    config: Config
+    resample: str = "none"  # "none" | "down" | "up"
+
+    @nn.compact
+    def __call__(self, x, embedding):
+        c, dtype = self.config, self.config.dtype
+        resample = {"none": lambda y: y, "down": _average_pool, "up": upsample_nearest}[self.resample]
+        h = resample(nn.swish(GroupNorm(c.norm_groups, 1e-5, name="norm1")(x)))
+        x = resample(x)
+        h = Conv(self.features, dtype=dtype, name="conv1")(h)
+        out = self.features * (2 if c.scale_shift_norm else 1)
+        e = Dense(out, dtype=dtype, name="time")(nn.swish(embedding))[:, None, None]  # [B,1,1,·]
+        norm = GroupNorm(c.norm_groups, 1e-5, name="norm2")
+        if c.scale_shift_norm:
+            scale, shift = jnp.split(e, 2, axis=-1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + e)
+        h = Conv(self.features, zero_init=True, dtype=dtype, name="conv2")(nn.swish(h))
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, 1, padding=((0, 0), (0, 0)), dtype=dtype, name="shortcut")(x)
+        return constrain(x + h, "batch", "height", "width", "channels")
+
+
+class _SelfAttention(nn.Module):
+    """ADM's attention block: heads are split before q, k and v."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, context):
+        b, h, w, c = x.shape
+        heads, dtype = self.config.heads(c), self.config.dtype
+        y = GroupNorm(self.config.norm_groups, 1e-5, name="norm")(x).reshape(b, h * w, c)
+        qkv = Dense(3 * c, ("in_channels", "heads"), dtype=dtype, name="qkv")(y)
+        q, k, v = jnp.split(qkv.reshape(b, h * w, heads, -1), 3, axis=-1)  # [B,T,N,K] each
+        y = attend(q, k, v).reshape(b, h * w, c)
+        y = Dense(c, ("heads", "in_channels"), zero_init=True, dtype=dtype, name="out")(y)
+        return x + y.reshape(b, h, w, c)
+
+
+class _CrossAttention(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, context):
+        (b, t, c), heads = x.shape, self.config.heads(x.shape[-1])
+        dense = lambda name: Dense(  # noqa: E731
+            c, ("in_channels", "heads"), use_bias=False, dtype=self.config.dtype, name=name
+        )
+        q, k, v = dense("q")(x), dense("k")(context), dense("v")(context)
+        y = attend(*(a.reshape(b, -1, heads, c // heads) for a in (q, k, v))).reshape(b, t, c)
+        return Dense(c, ("heads", "in_channels"), dtype=self.config.dtype, name="out")(y)
+
+
+class _FeedForward(nn.Module):
+    """GEGLU of inner width 4D."""
+
+    config: Config
+
+    @nn.compact
+    def __call__(self, x):
+        width, dtype = x.shape[-1], self.config.dtype
+        h = Dense(8 * width, ("in_channels", "hidden"), dtype=dtype, name="in")(x)
+        value, gate = jnp.split(h, 2, axis=-1)
+        h = value * nn.gelu(gate, approximate=False)
+        return Dense(width, ("hidden", "in_channels"), dtype=dtype, name="out")(h)
+
+
+class _SpatialTransformer(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, x, context):
+        b, h, w, c = x.shape
+        dtype = self.config.dtype
+        y = GroupNorm(self.config.norm_groups, 1e-6, name="norm")(x).reshape(b, h * w, c)
+        y = Dense(c, dtype=dtype, name="in")(y)
+        for i in range(self.config.transformer_depth):
+            attention = lambda kind: _CrossAttention(self.config, name=f"block{i}_{kind}")  # noqa: B023, E731
+            norm = lambda k: LayerNorm(name=f"block{i}_norm{k}")  # noqa: B023, E731
+            z = norm(1)(y)
+            y = y + attention("self")(z, z)
+            y = y + attention("cross")(norm(2)(y), context)
+            y = y + _FeedForward(self.config, name=f"block{i}_feed_forward")(norm(3)(y))
+            y = constrain(y, "batch", "tokens", "channels")
+        y = Dense(c, zero_init=True, dtype=dtype, name="out")(y)
+        return x + y.reshape(b, h, w, c)
+
+
+class _UNet(nn.Module):
+    config: Config
+
+    @nn.compact
+    def __call__(self, z_t, t, context):
+        c, dtype, last = self.config, self.config.dtype, len(self.config.width_multipliers) - 1
+        attention = _SelfAttention if context is None else _SpatialTransformer
+        e = time_embedding(t, c.width)
+        e = Dense(4 * c.width, dtype=dtype, name="time_in")(e)
+        e = Dense(4 * c.width, dtype=dtype, name="time_out")(nn.swish(e))
+        e = constrain(e, "batch", "channels")
+
+        x = Conv(c.width, dtype=dtype, name="conv_in")(z_t)
+        skips = [x]
+        for i, multiplier in enumerate(c.width_multipliers):
+            for j in range(c.num_res_blocks):
+                x = _ResBlock(c.width * multiplier, c, name=f"down{i}_block{j}")(x, e)
+                if 2**i in c.attention_factors:
+                    x = attention(c, name=f"down{i}_attention{j}")(x, context)
+                skips.append(x)
+            if i != last:
+                name = f"down{i}_downsample"
+                if c.resample_in_blocks:
+                    x = _ResBlock(x.shape[-1], c, "down", name=name)(x, e)
+                else:
+                    x = downsample(x.shape[-1], symmetric=True, dtype=dtype, name=name)(x)
+                skips.append(x)
+
+        x = _ResBlock(x.shape[-1], c, name="mid_block1")(x, e)
+        x = attention(c, name="mid_attention")(x, context)
+        x = _ResBlock(x.shape[-1], c, name="mid_block2")(x, e)
+
+        for i, multiplier in reversed(list(enumerate(c.width_multipliers))):
+            for j in range(c.num_res_blocks + 1):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = _ResBlock(c.width * multiplier, c, name=f"up{i}_block{j}")(x, e)
+                if 2**i in c.attention_factors:
+                    x = attention(c, name=f"up{i}_attention{j}")(x, context)
+            if i:
+                name = f"up{i}_upsample"
+                if c.resample_in_blocks:
+                    x = _ResBlock(x.shape[-1], c, "up", name=name)(x, e)
+                else:
+                    x = Conv(x.shape[-1], dtype=dtype, name=name)(upsample_nearest(x))
+
+        x = nn.swish(GroupNorm(c.norm_groups, 1e-5, name="norm_out")(x))
+        x = Conv(c.out_channels, zero_init=True, dtype=dtype, name="conv_out")(x)
+        return x.astype(jnp.float32)
+
+
+def _boxed(config, key, context_dim):
+    side = 2 ** (len(config.width_multipliers) - 1)
+    z = jnp.zeros((1, side, side, config.in_channels))
+    context = jnp.zeros((1, 1, context_dim)) if context_dim else None
+    return _UNet(config).init(key, z, jnp.zeros((1,)), context)["params"]
+
+
+def init(config: Config, key: jax.Array, context_dim: int = 0) -> Any:
+    """Parameters as nested dicts of f32 arrays; context_dim 0 is the unconditional model."""
+    return nn.meta.unbox(_boxed(config, key, context_dim))
+
+
+def axes(config: Config, context_dim: int = 0) -> Any:
+    """The tree of `init` with a tuple of logical axis names for each parameter."""
+    return parameter_axes(jax.eval_shape(lambda: _boxed(config, jax.random.key(0), context_dim)))
+
+
+def apply(
+    config: Config, params: Any, z_t: jax.Array, t: jax.Array, context: jax.Array | None = None
+) -> jax.Array:
+    """Noisy latents f32 [B,H,W,C], times [B], context [B,T,D] or None -> prediction f32 [B,H,W,C].
+
+    H and W must divide by 2 ** (levels - 1).
+    """
+    factor = 2 ** (len(config.width_multipliers) - 1)
+    if z_t.shape[1] % factor or z_t.shape[2] % factor:
+        raise InputError(f"unet: latent side {z_t.shape[1:3]} must divide by {factor}")
+    z_t = constrain(z_t, "batch", "height", "width", "channels")
+    return _UNet(config).apply({"params": params}, z_t, t, context)
