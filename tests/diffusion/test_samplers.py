@@ -1,0 +1,234 @@
+"""Laws of the samplers: grids, the formulae step by step, and exact Gaussian denoisers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.diffusion.process import ScheduleConfig, make_schedule
+from ldm_jax.diffusion.samplers import SAMPLERS, ddim, ddpm, uniform_grid
+from ldm_jax.errors import InputError
+from ldm_jax.keys import example_keys, key_for, normal_like
+
+SCHEDULE = make_schedule(ScheduleConfig())
+SHAPE = (3, 4, 4, 2)
+Z_T = jax.random.normal(key_for(0, "z_T"), SHAPE)
+
+
+def keys_of(indices):
+    return example_keys(key_for(0, "sampler"), jnp.asarray(indices))
+
+
+def nonlinear(z_t, t, cond):
+    return 0.6 * jnp.tanh(z_t) + 0.4 * jnp.sin(t / 150).reshape(-1, 1, 1, 1)
+
+
+def with_cond(z_t, t, cond):
+    return nonlinear(z_t, t, None) + cond.reshape(-1, 1, 1, 1)
+
+
+def reference(z, num_steps, eta, noises):
+    """DDIM in f64, written from the paper's equations and LDM's list of timesteps."""
+    z = np.asarray(z, np.float64)
+    first = 0 if num_steps == 1000 else 1
+    times = [i * 1000 // num_steps + first for i in range(num_steps)]
+    a = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
+    for k in reversed(range(num_steps)):
+        a_t = a[times[k]]
+        a_s = a[times[k - 1]] if k else (1.0 if num_steps == 1000 else a[0])
+        eps = 0.6 * np.tanh(z) + 0.4 * np.sin(times[k] / 150)
+        z0 = (z - np.sqrt(1 - a_t) * eps) / np.sqrt(a_t)
+        s = eta * np.sqrt((1 - a_s) / (1 - a_t)) * np.sqrt(1 - a_t / a_s)
+        z = np.sqrt(a_s) * z0 + np.sqrt(1 - a_s - s**2) * eps + s * noises[num_steps - 1 - k]
+    return z
+
+
+def step_noises(keys, num_steps):
+    def one(index):
+        return normal_like(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index), Z_T)
+
+    return np.asarray(jax.lax.map(one, jnp.arange(num_steps)), np.float64)
+
+
+def test_grid_has_exactly_the_steps_asked_for():
+    for num_steps in range(1, 1001):
+        grid = uniform_grid(1000, num_steps)
+        assert len(grid) == num_steps
+        assert np.all(np.diff(grid) > 0)
+        assert 0 <= grid[0] <= grid[-1] <= 999
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 7, 64])
+def test_grid_holds_for_short_schedules(num_timesteps):
+    for num_steps in range(1, num_timesteps + 1):
+        grid = uniform_grid(num_timesteps, num_steps)
+        assert len(set(grid.tolist())) == num_steps
+        assert 0 <= grid[0] <= grid[-1] < num_timesteps
+
+
+@pytest.mark.parametrize(("num_steps", "last"), [(50, 981), (200, 996), (250, 997), (500, 999)])
+def test_grid_is_the_published_one_when_steps_divide_timesteps(num_steps, last):
+    stride = 1000 // num_steps
+    np.testing.assert_array_equal(uniform_grid(1000, num_steps), np.arange(1, last + 1, stride))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("num_steps", [0, -3, 1001, 2.5, True])
+def test_sampler_refuses_a_step_count_outside_the_schedule(sampler, num_steps):
+    with pytest.raises(InputError, match=f"num_steps {num_steps}"):
+        sampler(nonlinear, SCHEDULE, Z_T, None, keys_of([0, 1, 2]), num_steps=num_steps)
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [(ddim, -0.1), (ddim, 1.5), (ddpm, 0.0)])
+def test_sampler_refuses_an_eta_it_cannot_honour(sampler, eta):
+    with pytest.raises(InputError, match=f"eta {eta}"):
+        sampler(nonlinear, SCHEDULE, Z_T, None, keys_of([0, 1, 2]), num_steps=5, eta=eta)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize("num_steps", [1, 7, 50, 1000])
+def test_ddim_equals_an_f64_reference_step_by_step(num_steps, eta):
+    keys = keys_of([0, 1, 2])
+    z0 = ddim(nonlinear, SCHEDULE, Z_T, None, keys, num_steps=num_steps, eta=eta)
+    expected = reference(Z_T, num_steps, eta, step_noises(keys, num_steps))
+    np.testing.assert_allclose(z0, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 50, 1000])
+def test_ddpm_is_ddim_at_eta_one(num_steps):
+    keys = keys_of([0, 1, 2])
+    ancestral = ddpm(nonlinear, SCHEDULE, Z_T, None, keys, num_steps=num_steps)
+    implicit = ddim(nonlinear, SCHEDULE, Z_T, None, keys, num_steps=num_steps, eta=1.0)
+    np.testing.assert_allclose(ancestral, implicit, rtol=1e-4, atol=1e-4)
+
+
+def test_ddim_at_eta_zero_draws_nothing():
+    keys = keys_of([0, 1, 2])
+    jaxpr = jax.make_jaxpr(
+        lambda eta: ddim(nonlinear, SCHEDULE, Z_T, None, keys, num_steps=5, eta=eta),
+        static_argnums=0,
+    )
+    assert "random" not in str(jaxpr(0.0))
+    assert "random" in str(jaxpr(0.5))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_sample_depends_on_its_own_noise_condition_and_key_only(sampler):
+    cond = jnp.array([0.2, -0.4, 0.9])
+
+    def run(rows):
+        rows = np.array(rows)
+        return sampler(with_cond, SCHEDULE, Z_T[rows], cond[rows], keys_of(rows), num_steps=12)
+
+    whole = run([0, 1, 2])
+    np.testing.assert_allclose(run([2, 0]), whole[np.array([2, 0])], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run([1]), whole[1:2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [ddpm, lambda *a, **k: ddim(*a, eta=1.0, **k)])
+def test_another_key_gives_another_sample(sampler):
+    z0 = [
+        sampler(nonlinear, SCHEDULE, Z_T, None, keys_of(indices), num_steps=5)
+        for indices in ([0, 1, 2], [0, 4, 2])
+    ]
+    moved = np.abs(np.asarray(z0[0] - z0[1])).max(axis=(1, 2, 3)) > 1e-3
+    np.testing.assert_array_equal(moved, [False, True, False])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_state_is_f32_when_the_denoiser_answers_in_bf16(sampler):
+    seen = []
+
+    def low_precision(z_t, t, cond):
+        seen.append((z_t.dtype, t.dtype, t.shape))
+        return nonlinear(z_t, t, cond).astype(jnp.bfloat16)
+
+    z_T, keys = Z_T.astype(jnp.bfloat16), keys_of([0, 1, 2])
+    z0 = sampler(low_precision, SCHEDULE, z_T, None, keys, num_steps=4)
+    assert z0.dtype == jnp.float32
+    assert z0.shape == SHAPE
+    assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("int32"), (3,))}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_full_chain_ends_on_data_itself(sampler):
+    """A denoiser that knows z0 gets exactly z0 back, with no noise left over."""
+    z0 = jax.random.normal(key_for(0, "z0"), SHAPE)
+    alpha, sigma = jnp.asarray(SCHEDULE.alpha), jnp.asarray(SCHEDULE.sigma)
+
+    def oracle(z_t, t, cond):
+        return (z_t - alpha[t].reshape(-1, 1, 1, 1) * z0) / sigma[t].reshape(-1, 1, 1, 1)
+
+    sample = sampler(oracle, SCHEDULE, Z_T, None, keys_of([0, 1, 2]), num_steps=1000)
+    np.testing.assert_allclose(sample, z0, rtol=0, atol=1e-5)
+
+
+def gaussian_denoiser(mean, covariance):
+    """The exact noise prediction for data N(mean [C], covariance [C, C]) at every pixel."""
+    variances, axes = np.linalg.eigh(covariance)
+    axes, variances, mean = (
+        jnp.asarray(axes, jnp.float32),
+        jnp.asarray(variances),
+        jnp.asarray(mean),
+    )
+
+    def denoiser(z_t, t, cond):
+        alpha = jnp.asarray(SCHEDULE.alpha)[t].reshape(-1, 1, 1, 1)
+        sigma = jnp.asarray(SCHEDULE.sigma)[t].reshape(-1, 1, 1, 1)
+        centred = (z_t - alpha * mean.reshape(1, 1, 1, -1)) @ axes
+        total = alpha**2 * variances.reshape(1, 1, 1, -1) + sigma**2
+        return (sigma * centred / total) @ axes.T
+
+    return denoiser
+
+
+def test_ddim_converges_to_the_probability_flow_with_order_one():
+    mean, std = 0.7, 0.5
+    denoiser = gaussian_denoiser([mean, mean], std**2 * np.eye(2))
+    counts, errors = [50, 100, 200, 500], []
+    for num_steps in counts:
+        z0 = ddim(denoiser, SCHEDULE, Z_T, None, keys_of([0, 1, 2]), num_steps=num_steps)
+        start, end = SCHEDULE.alpha_bar[[uniform_grid(1000, num_steps)[-1], 0]]
+        stretch = np.sqrt((end * std**2 + 1 - end) / (start * std**2 + 1 - start))
+        exact = np.sqrt(end) * mean + stretch * (np.float64(Z_T) - np.sqrt(start) * mean)
+        errors.append(np.sqrt(np.mean((np.float64(z0) - exact) ** 2)))
+    order = -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert order == pytest.approx(1, abs=0.1)  # 0.94, and rising with the counts
+    assert errors[-1] < 0.005
+
+
+def chain_law(mean, variance):
+    """Mean and variance, in f64, that the whole ancestral chain gives for data N(mean, variance).
+
+    With the exact denoiser each step is affine in z_t, so the law follows by recursion.
+    """
+    mu, v, a = 0.0, 1.0, SCHEDULE.alpha_bar
+    for t in reversed(range(1000)):
+        a_t, a_s = a[t], a[t - 1] if t else 1.0
+        gain = np.sqrt(a_t) * variance / (a_t * variance + 1 - a_t)  # of E[z0 | z_t]
+        of_z0 = np.sqrt(a_s) * (1 - a_t / a_s) / (1 - a_t)
+        slope = of_z0 * gain + np.sqrt(a_t / a_s) * (1 - a_s) / (1 - a_t)
+        mu = slope * mu + of_z0 * (mean - gain * np.sqrt(a_t) * mean)
+        v = slope**2 * v + (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
+    return mu, v
+
+
+def test_ddpm_reproduces_mean_and_covariance():
+    mean, covariance = np.array([0.8, -0.5]), np.array([[0.5, 0.3], [0.3, 0.4]])
+    variances, axes = np.linalg.eigh(covariance)
+    laws = [chain_law(m, v) for m, v in zip(axes.T @ mean, variances, strict=True)]
+    exact_mean = axes @ np.array([m for m, _ in laws])
+    exact_covariance = axes @ np.diag([v for _, v in laws]) @ axes.T
+    # What a chain of 1000 steps misses of the data's own law.
+    np.testing.assert_allclose(exact_mean, mean, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(exact_covariance, covariance, rtol=0, atol=0.01)
+
+    z_T = jax.random.normal(key_for(0, "many"), (16, 32, 32, 2))
+    denoiser = gaussian_denoiser(mean, covariance)
+    z0 = ddpm(denoiser, SCHEDULE, z_T, None, keys_of(np.arange(16)), num_steps=1000)
+    pixels = np.float64(z0).reshape(-1, 2)
+    scale = np.diag(covariance)
+    mean_error = np.sqrt(scale / len(pixels))
+    covariance_error = np.sqrt((np.outer(scale, scale) + covariance**2) / len(pixels))
+    assert np.all(np.abs(pixels.mean(axis=0) - exact_mean) < 4 * mean_error)
+    assert np.all(np.abs(np.cov(pixels.T) - exact_covariance) < 4 * covariance_error)
