@@ -1,0 +1,218 @@
+import io
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ldm_jax.data import pixels
+from ldm_jax.data.images import SOURCES, Config, open_images
+from ldm_jax.data.order import Order
+from ldm_jax.data.stream import batches
+from ldm_jax.errors import InputError
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width, height, seed=0):
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Twelve wide images of two classes."""
+    root = tmp_path_factory.mktemp("photos")
+    for i in range(12):
+        (root / "ab"[i % 2]).mkdir(exist_ok=True)
+        noise(24, 10, i).save(root / "ab"[i % 2] / f"{i:02d}.png")
+    return root
+
+
+def wide(photos, **options):
+    config = Config("folder", str(photos), resolution=8, held_out_fraction=0.0, **options)
+    return open_images(config, "train", augment=True, seed=3)
+
+
+def test_digits_splits_are_disjoint_stratified_and_complete():
+    config = Config(held_out_fraction=1 / 6, resolution=8)
+    train, held_out = (open_images(config, s, augment=False) for s in ("train", "held_out"))
+    assert len(train) + len(held_out) == 1797 and len(held_out) == 299
+    a, b = (s.read(np.arange(len(s)), np.arange(len(s))) for s in (train, held_out))
+    counts = np.bincount(b["label"]) / np.bincount(np.concatenate([a["label"], b["label"]]))
+    assert np.abs(counts - 1 / 6).max() < 0.01
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    both = np.concatenate([a["image"], b["image"]])[..., 0].reshape(1797, 64).astype(int)
+    real = np.round(data.images.reshape(1797, 64) * 255 / 16).astype(int)
+    assert sorted(map(tuple, both)) == sorted(map(tuple, real))
+
+
+def test_digits_are_grey_squares_with_their_labels_when_enlarged():
+    images = open_images(Config(), "train", augment=False)
+    batch = images.read(np.arange(16), np.arange(16))
+    assert batch["image"].shape == (16, 32, 32, 3) and batch["image"].dtype == np.uint8
+    assert (batch["image"][..., 0] == batch["image"][..., 2]).all()
+    assert batch["image"].max() == 255 and batch["label"].dtype == np.int32
+    assert images.num_classes == 10 and images.class_names[7] == "7" and not images.has_captions
+
+
+def test_augmentation_depends_on_seed_and_position_alone(photos):
+    images = wide(photos, crop="random", flip=True)
+    indices, positions = np.arange(12), np.arange(12) + 1000
+    whole = images.read(indices, positions)["image"]
+    for rows in (np.array([7]), np.array([11, 2, 5])):
+        part = images.read(indices[rows], positions[rows])["image"]
+        np.testing.assert_array_equal(part, whole[rows])
+    assert not np.array_equal(images.read(indices, positions + 1)["image"], whole)
+
+
+def test_augmentation_is_the_same_for_every_process_count(photos):
+    images = wide(photos, crop="random", flip=True)
+    order = Order(len(images), 3)
+
+    def first(shards, index):
+        stream = batches(images.read, order, 8, shard_index=index, shard_count=shards, start_step=2)
+        batch = next(stream)["image"]
+        stream.close()
+        return batch
+
+    joined = np.concatenate([first(2, 0), first(2, 1)])
+    np.testing.assert_array_equal(joined, first(1, 0))
+
+
+def test_flip_mirrors_about_half_and_nothing_else(photos):
+    plain, flipped = wide(photos), wide(photos, flip=True)
+    same = mirrored = 0
+    for position in range(200):
+        at = np.array([position])
+        a, b = (s.read(at % 12, at)["image"][0] for s in (plain, flipped))
+        same += np.array_equal(a, b)
+        mirrored += np.array_equal(a[:, ::-1], b)
+    assert same + mirrored == 200 and 70 < mirrored < 130
+
+
+def test_random_crop_reaches_both_ends_and_centre_crop_the_middle(photos):
+    path = photos / "a" / "00.png"
+    high = pixels.square(Image.open(path), 10, "box", 0.0)
+    np.testing.assert_array_equal(np.asarray(high), np.asarray(Image.open(path))[:, :10])
+    middle = pixels.square(Image.open(path), 10, "box")
+    np.testing.assert_array_equal(np.asarray(middle), np.asarray(Image.open(path))[:, 7:17])
+    config = Config("folder", str(photos), resolution=10, crop="random", held_out_fraction=0.0)
+    images = open_images(config, "train", augment=True)
+    whole = np.asarray(Image.open(path))
+    found = set()
+    for position in range(150):
+        crop = images.read(np.array([0]), np.array([position]))["image"][0]
+        found |= {x for x in range(15) if np.array_equal(whole[:, x : x + 10], crop)}
+    assert found == set(range(15))
+
+
+def test_without_augment_nothing_is_random(photos):
+    config = Config("folder", str(photos), resolution=8, crop="random", flip=True)
+    images = open_images(config, "train", augment=False)
+    n = len(images)
+    a = images.read(np.arange(n), np.arange(n))["image"]
+    b = images.read(np.arange(n), np.arange(n) + 77)["image"]
+    np.testing.assert_array_equal(a, b)
+
+
+def test_resize_is_antialiased_and_keeps_the_aspect():
+    checks = np.indices((64, 128)).sum(0) % 2 * 255
+    grey = pixels.square(Image.fromarray(checks.astype(np.uint8)), 8, "bicubic")
+    assert grey.size == (8, 8)
+    assert np.abs(np.asarray(grey).astype(int) - 127).max() <= 3
+    tall = Image.fromarray(np.repeat(np.arange(100, dtype=np.uint8)[:, None], 20, 1))
+    rows = np.asarray(pixels.square(tall, 10, "box"))[:, 0]
+    assert rows.min() >= 39 and rows.max() <= 60  # rows 40..59 of 0..99, halved
+
+
+def test_resize_leaves_an_image_alone_when_its_short_side_fits():
+    image = noise(12, 8)
+    np.testing.assert_array_equal(
+        np.asarray(pixels.square(image, 8, "lanczos")), np.asarray(image)[:, 2:10]
+    )
+
+
+def test_decode_gives_rgb_for_every_pixel_mode():
+    grey = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
+    rgb = Image.merge("RGB", [Image.fromarray(grey)] * 3)
+    wide_grey = Image.fromarray(grey.astype(np.uint16) * 257)
+    palette = rgb.quantize(256)
+    alpha = rgb.copy()
+    alpha.putalpha(Image.new("L", (8, 8), 255))
+    for image in (rgb, Image.fromarray(grey), wide_grey, palette, alpha, alpha.convert("LA")):
+        got = pixels.decode(encoded(image), "x")
+        assert got.mode == "RGB"
+        np.testing.assert_allclose(np.asarray(got)[..., 1].astype(int), grey, atol=1)
+    cmyk = pixels.decode(encoded(rgb.convert("CMYK"), "JPEG", quality=100, subsampling=0), "x")
+    np.testing.assert_allclose(np.asarray(cmyk)[..., 1].astype(int), grey, atol=12)
+
+
+def test_decode_lays_transparent_pixels_on_white():
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert (np.asarray(pixels.decode(encoded(clear), "x")) == 255).all()
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([9, 9, 9])
+    assert (np.asarray(pixels.decode(encoded(palette, transparency=0), "x")) == 255).all()
+
+
+def test_decode_turns_an_image_upright_by_its_exif_orientation():
+    image = noise(6, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned: to be rotated 90 degrees clockwise
+    got = pixels.decode(encoded(image, exif=exif), "x")
+    np.testing.assert_array_equal(np.asarray(got), np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", encoded(noise(64, 64))[:900]])
+def test_decode_names_a_corrupt_image(data):
+    with pytest.raises(InputError, match=r"cannot decode image a/b\.png .*replace the file"):
+        pixels.decode(data, "a/b.png")
+
+
+def test_fingerprint_follows_the_files_and_the_recipe_and_not_the_place(photos, tmp_path):
+    def print_of(root, **options):
+        config = Config("folder", str(root), **{"resolution": 8, **options})
+        return open_images(config, "train", augment=False).fingerprint()
+
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(photos, copy)
+    assert print_of(photos) == print_of(copy)
+    assert print_of(photos, flip=True, crop="random") == print_of(photos)  # not augmented
+    assert print_of(photos, kernel="lanczos") != print_of(photos)
+    assert print_of(photos, resolution=9) != print_of(photos)
+    noise(30, 30).save(copy / "a" / "00.png")
+    assert print_of(copy, held_out_fraction=0.0) != print_of(photos, held_out_fraction=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"source": "webdataset"}, r"images\.source 'webdataset' is unknown; choose one of"),
+        ({"kernel": "cubic"}, r"images\.kernel 'cubic'"),
+        ({"crop": "middle"}, r"images\.crop 'middle'"),
+        ({"resolution": 0}, r"images\.resolution 0"),
+        ({"held_out_fraction": 1.0}, r"images\.held_out_fraction 1\.0 must lie in"),
+    ],
+)
+def test_config_refuses_values_it_does_not_know(options, message):
+    with pytest.raises(InputError, match=message):
+        Config(**options)
+
+
+def test_open_images_refuses_an_unknown_or_empty_split():
+    with pytest.raises(InputError, match=r"split 'test' is unknown"):
+        open_images(Config(), "test", augment=False)
+    with pytest.raises(InputError, match=r"held_out split of digits .*empty.*held_out_fraction 0"):
+        open_images(Config(held_out_fraction=0.0), "held_out", augment=False)
+
+
+def test_every_source_is_named_in_the_config():
+    assert set(SOURCES) == {"digits", "folder", "tfds"}
