@@ -20,6 +20,7 @@ from ldm_jax.models.layers import (
     check_groups,
     downsample,
     parameter_axes,
+    resolve_dtype,
     upsample_nearest,
 )
 from ldm_jax.sharding import constrain
@@ -38,7 +39,7 @@ class Config:
     z_channels: int = 4  # at the bottleneck, before the 1x1 adapter
     latent_channels: int = 4  # C of the latent
     norm_groups: int = 32
-    compute_dtype: str = "float32"
+    compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on the CPU
 
     def __post_init__(self):
         check_groups([self.width * m for m in self.width_multipliers], self.norm_groups, "autoencoder")
@@ -59,7 +60,7 @@ class Config:
 
     @property
     def dtype(self) -> Any:
-        return jnp.dtype(self.compute_dtype)
+        return resolve_dtype(self.compute_dtype)
 
 
 class _ResBlock(nn.Module):

@@ -46,6 +46,11 @@ def apply(config: Config, params: Any, z_t: jax.Array, t: jax.Array, cond: Any) 
     return unet.apply(config.backbone, params["backbone"], z_t, t, context)
 
 
+def condition_names(config: Config) -> tuple[str, ...]:
+    """The entries of a batch that tell this denoiser something."""
+    return tuple(conditioners.null(config.conditioner, 1))
+
+
 def drop_condition(config: Config, cond: Any, drop: jax.Array) -> Any:
     """Replaces the condition by the null one where `drop` [B] is true."""
     null = conditioners.null(config.conditioner, drop.shape[0])

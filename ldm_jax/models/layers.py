@@ -17,6 +17,15 @@ from ldm_jax.errors import InputError
 from ldm_jax.sharding import constrain
 
 
+def resolve_dtype(name: str) -> Any:
+    """The dtype of matrix products; "auto" is bfloat16 on TPUs and GPUs and float32 on the CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise InputError(f"compute_dtype {name!r} is unknown; choose auto, float32 or bfloat16")
+    return jnp.dtype(name)
+
+
 def uniform_fan_in(fan_in: int) -> Callable:
     """Initialiser: uniform in +-1/sqrt(fan_in), PyTorch's default for weights and biases alike."""
     bound = 1 / math.sqrt(fan_in)

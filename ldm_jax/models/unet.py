@@ -23,6 +23,7 @@ from ldm_jax.models.layers import (
     check_groups,
     downsample,
     parameter_axes,
+    resolve_dtype,
     upsample_nearest,
 )
 from ldm_jax.sharding import constrain
@@ -44,7 +45,7 @@ class Config:
     scale_shift_norm: bool = False  # time scales and shifts the norm instead of being added
     resample_in_blocks: bool = False  # residual blocks resample, instead of convolutions
     norm_groups: int = 32
-    compute_dtype: str = "float32"
+    compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on the CPU
 
     def __post_init__(self):
         widths = [self.width * m for m in self.width_multipliers]
@@ -68,7 +69,7 @@ class Config:
 
     @property
     def dtype(self) -> Any:
-        return jnp.dtype(self.compute_dtype)
+        return resolve_dtype(self.compute_dtype)
 
 
 def time_embedding(t: jax.Array, width: int) -> jax.Array:

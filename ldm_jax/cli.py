@@ -1,0 +1,206 @@
+"""The `ldm` command: which job, its flags, the processes it runs on, and errors in one line."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ldm_jax.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs one verb. Bad input prints one line and exits with status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, verbs = _parser()
+    overrides = [a for a in argv if a.startswith(("--config.", "--noconfig."))]
+    arguments = parser.parse_args([a for a in argv if a not in overrides])
+    if overrides and "config" not in arguments:
+        verbs[arguments.verb].error(f"{overrides[0]}: this verb takes no configuration")
+    _environment()
+    try:
+        _join_processes(arguments)
+        VERBS[arguments.verb][1](arguments, overrides)
+    except InputError as error:
+        if os.environ.get("LDM_TRACEBACK"):
+            raise
+        print(f"ldm {arguments.verb}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def _environment() -> None:
+    """Quiet libraries and one compilation cache; what the user has set stays."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ldm_jax" / "jax"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _join_processes(arguments: argparse.Namespace) -> None:
+    """Joins the processes of one job, before anything else touches a device."""
+    import jax
+
+    if arguments.coordinator:
+        if arguments.num_processes is None or arguments.process_id is None:
+            raise InputError("--coordinator needs --num-processes and --process-id too")
+        jax.distributed.initialize(
+            arguments.coordinator, arguments.num_processes, arguments.process_id
+        )
+    elif arguments.distributed:
+        jax.distributed.initialize()
+
+
+def _train_autoencoder(arguments, overrides):
+    from ldm_jax.jobs import settings, train_autoencoder
+
+    config = _run_config(settings.AutoencoderRun, "train-autoencoder", arguments, overrides)
+    train_autoencoder.run(config, arguments.workdir)
+
+
+def _train_denoiser(arguments, overrides):
+    from ldm_jax.jobs import settings, train_denoiser
+
+    config = _run_config(settings.DenoiserRun, "train-denoiser", arguments, overrides)
+    train_denoiser.run(config, arguments.workdir)
+
+
+def _run_config(cls, job, arguments, overrides):
+    from ldm_jax.jobs import settings
+    from ldm_jax.train.run_dir import read_run
+
+    if arguments.config:
+        return settings.load_run(cls, arguments.config, overrides)
+    record = read_run(arguments.workdir)
+    if record["job"] != job:
+        raise InputError(f"workdir {arguments.workdir} belongs to `ldm {record['job']}`, not `ldm {job}`")
+    return settings.apply_overrides(cls, record["config"], overrides)
+
+
+def _cache_latents(arguments, overrides):
+    from ldm_jax.jobs import cache_latents
+
+    options = cache_latents.Settings(
+        mirrored=arguments.mirrored,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        shard_examples=arguments.shard_examples,
+        pack=arguments.pack,
+        splits=tuple(arguments.splits.split(",")),
+    )
+    cache_latents.run(arguments.workdir, options, arguments.out)
+
+
+def _sample(arguments, overrides):
+    from ldm_jax.jobs import sample
+
+    print(sample.run(arguments.workdir, _sample_settings(arguments), arguments.out))
+
+
+def _sample_settings(arguments):
+    from ldm_jax.jobs import sample
+
+    try:
+        classes = tuple(int(c) for c in arguments.classes.split(",")) if arguments.classes else ()
+    except ValueError as error:
+        raise InputError(
+            f"--classes {arguments.classes!r} must be class numbers separated by commas, as 0,3,7"
+        ) from error
+    return sample.Settings(
+        num=arguments.num,
+        steps=arguments.steps,
+        sampler=arguments.sampler,
+        eta=arguments.eta,
+        guidance=arguments.guidance,
+        classes=classes,
+        seed=arguments.seed,
+        noise=arguments.noise,
+        batch_size=arguments.batch_size,
+        weights=arguments.weights,
+        step=arguments.step,
+    )
+
+
+def _evaluate(arguments, overrides):
+    from ldm_jax.jobs import evaluate
+
+    evaluate.run(arguments.workdir, _sample_settings(arguments))
+
+
+def _demo(arguments, overrides):
+    from ldm_jax.jobs import demo
+
+    demo.run(arguments.workdir)
+
+
+VERBS = {
+    "demo": ("digits, from images to samples and a report", _demo),
+    "train-autoencoder": ("train a first stage on images", _train_autoencoder),
+    "cache-latents": ("encode a run's images once, for training denoisers", _cache_latents),
+    "train-denoiser": ("train a denoiser on cached latents", _train_denoiser),
+    "sample": ("draw images from a trained denoiser", _sample),
+    "evaluate": ("measure a trained first stage or denoiser", _evaluate),
+}
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="ldm", description="Latent diffusion models in JAX, from raw images to samples and metrics."
+    )
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = {name: commands.add_parser(name, help=text, description=text) for name, (text, _) in VERBS.items()}
+    for name, verb in verbs.items():
+        _add_common(verb, workdir_default="runs/demo" if name == "demo" else None)
+    for name in ("train-autoencoder", "train-denoiser"):
+        verbs[name].add_argument(
+            "--config",
+            metavar="FILE[:VARIANT]",
+            help="configuration; not needed to resume a workdir. Change fields with --config.a.b=VALUE",
+        )
+    cache = verbs["cache-latents"]
+    cache.add_argument("--out", type=Path, help="folder of the cache (default: WORKDIR/latents)")
+    cache.add_argument(
+        "--mirrored", action=argparse.BooleanOptionalAction, default=True, help="mirrored images too"
+    )
+    cache.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    cache.add_argument("--batch-size", type=int, default=0, help="images per step of one process")
+    cache.add_argument("--shard-examples", type=int, default=16384, help="examples per shard file")
+    cache.add_argument("--pack", type=int, default=32, help="examples per record")
+    cache.add_argument("--splits", default="train,held_out", help="which splits to encode")
+    for name in ("sample", "evaluate"):
+        _add_sampling(verbs[name], num=16 if name == "sample" else 1000)
+    verbs["sample"].add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
+    return parser, verbs
+
+
+def _add_common(verb: argparse.ArgumentParser, workdir_default: str | None) -> None:
+    verb.add_argument(
+        "--workdir",
+        type=Path,
+        required=workdir_default is None,
+        default=workdir_default,
+        help="run directory" + (f" (default: {workdir_default})" if workdir_default else ""),
+    )
+    group = verb.add_argument_group("processes")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--num-processes", type=int)
+    group.add_argument("--process-id", type=int)
+    group.add_argument(
+        "--distributed", action="store_true", help="join as the cluster says (TPU pods, SLURM, GKE)"
+    )
+
+
+def _add_sampling(verb: argparse.ArgumentParser, num: int) -> None:
+    verb.add_argument("--num", type=int, default=num, help="images to draw")
+    verb.add_argument("--steps", type=int, default=50, help="denoising steps")
+    verb.add_argument("--sampler", default="ddim", help="ddim or ddpm")
+    verb.add_argument("--eta", type=float, default=-1.0, help="sampler's noise, 0..1 (default: its own)")
+    verb.add_argument("--guidance", type=float, default=1.0, help="1 = conditional model only, >1 extrapolates")
+    verb.add_argument("--classes", default="", metavar="I,J,...", help="classes in turn (default: all)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--noise", default="", metavar="FILE.npy", help="initial noise f32 [N,H,W,C]")
+    verb.add_argument("--batch-size", type=int, default=0, help="images at a time over all devices")
+    verb.add_argument("--weights", default="auto", choices=["auto", "ema", "params"])
+    verb.add_argument("--step", type=int, default=-1, help="checkpoint (default: the newest)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""`ldm cache-latents`: the images of a first stage's run, encoded once."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from ldm_jax.data import images, latent_writer
+from ldm_jax.data.latent_manifest import Manifest, Shard, Spec
+from ldm_jax.jobs.first_stage import FirstStage, load_first_stage
+from ldm_jax.models import autoencoder
+from ldm_jax.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, use_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    mirrored: bool = True  # store the mirrored image's moments too, so that flips stay a draw
+    dtype: str = "float32"  # of the stored moments
+    batch_size: int = 0  # images per step of one process; 0 = 32 for each of its devices
+    shard_examples: int = 16384  # examples in a file
+    pack: int = 32  # examples in a record
+    splits: tuple[str, ...] = images.SPLITS
+
+
+def run(workdir: Path, settings: Settings, out: Path | None = None) -> dict[str, Manifest]:
+    """Writes OUT/train and OUT/held_out, or goes on with what an interrupted run left there.
+
+    Shards are dealt out to the processes; each encodes its own over its own devices, so hosts never
+    wait for each other before the end, and the files do not depend on how many there are.
+    """
+    out = Path(out) if out else Path(workdir) / "latents"
+    mesh = make_mesh(MeshConfig(), jax.local_devices())
+    settings = dataclasses.replace(settings, batch_size=settings.batch_size or 32 * mesh.devices.size)
+    check_batch(settings.batch_size, mesh, "--batch-size")
+    first_stage = load_first_stage(workdir, mesh)
+    sources = {
+        split: images.open_images(first_stage.run.images, split, augment=False)
+        for split in settings.splits
+    }
+    encode = compile_encoder(first_stage, mesh, settings.mirrored)
+    manifests = {}
+    for split, source in sources.items():
+        spec = make_spec(first_stage, source, split, settings)
+        todo = latent_writer.begin(out / split, spec)[jax.process_index() :: jax.process_count()]
+        _barrier(f"latents-begin-{split}")
+        for shard in todo:
+            batches = _encoded(encode, first_stage, source, shard, settings, mesh)
+            latent_writer.write_shard(out / split, spec, shard, batches)
+        _barrier(f"latents-end-{split}")
+        if jax.process_index() == 0:
+            manifests[split] = latent_writer.finish(out / split, spec)
+    return manifests
+
+
+def make_spec(
+    first_stage: FirstStage, source: images.Images, split: str, settings: Settings
+) -> Spec:
+    """What the cache of one split will be, known before the first image is read."""
+    return Spec(
+        encoder_hash=first_stage.encoder_hash,
+        images=dict(source.recipe),
+        data_fingerprint=source.fingerprint(),
+        split=split,
+        latent_shape=first_stage.config.latent_shape,
+        num_examples=len(source),
+        num_classes=source.num_classes,
+        class_names=source.class_names,
+        has_captions=source.has_captions,
+        dtype=settings.dtype,
+        mirrored=settings.mirrored,
+        pack=settings.pack,
+        shard_examples=settings.shard_examples,
+    )
+
+
+def compile_encoder(first_stage: FirstStage, mesh: Mesh, mirrored: bool):
+    """(params, uint8 images [B,H,W,3]) -> moments f32 [B,h,w,2C], of the mirrored images too."""
+
+    def encode(params, image):
+        with use_mesh(mesh):
+            x = autoencoder.to_unit(image)
+            moments = {"moments": autoencoder.encode(first_stage.config, params, x)}
+            if mirrored:
+                mirror = autoencoder.encode(first_stage.config, params, x[:, :, ::-1])
+                moments["moments_mirrored"] = mirror
+            return moments
+
+    return jax.jit(encode, out_shardings=batch_sharding(mesh))
+
+
+def _encoded(
+    encode, first_stage: FirstStage, source: images.Images, shard: Shard, settings: Settings, mesh: Mesh
+) -> Iterator[dict[str, np.ndarray]]:
+    bar = tqdm(
+        desc=shard.name,
+        total=shard.num_examples,
+        unit="image",
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+        disable=jax.process_index() != 0,
+    )
+    stop = shard.start + shard.num_examples
+    with bar:
+        for start in range(shard.start, stop, settings.batch_size):
+            indices = np.arange(start, min(start + settings.batch_size, stop), dtype=np.int64)
+            batch = source.read(indices, indices)
+            # The last batch is filled up with copies, so that one program serves all.
+            rows = np.minimum(np.arange(settings.batch_size), len(indices) - 1)
+            image = jax.device_put(batch["image"][rows], batch_sharding(mesh))
+            moments = jax.device_get(encode(first_stage.params, image))
+            out = {name: value[: len(indices)] for name, value in moments.items()}
+            out |= {"label": batch["label"], "index": indices}
+            if "caption" in batch:
+                out["caption"] = batch["caption"]
+            bar.update(len(indices))
+            yield out
+
+
+def _barrier(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

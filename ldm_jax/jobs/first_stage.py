@@ -1,0 +1,57 @@
+"""A trained first stage as later jobs need it: settings, weights and what identifies them."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ldm_jax.errors import InputError
+from ldm_jax.jobs.settings import AutoencoderRun, build
+from ldm_jax.models import autoencoder
+from ldm_jax.sharding import host_array, param_shardings
+from ldm_jax.train.checkpoint import load_weights
+from ldm_jax.train.run_dir import read_run
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstStage:
+    run: AutoencoderRun
+    params: Any
+    step: int
+    encoder_hash: str  # sha256 of the encoder's weights: names what its latents mean
+
+    @property
+    def config(self) -> autoencoder.Config:
+        return self.run.model
+
+
+def load_first_stage(workdir: str | Path, mesh: Mesh) -> FirstStage:
+    """The newest weights of an autoencoder run, on the mesh."""
+    record = read_run(Path(workdir))
+    if record["job"] != "train-autoencoder":
+        raise InputError(
+            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of `ldm train-autoencoder`"
+        )
+    run = build(AutoencoderRun, record["config"])
+    shapes = jax.eval_shape(lambda: autoencoder.init(run.model, jax.random.key(0)))
+    shardings = param_shardings(autoencoder.axes(run.model), shapes, mesh)
+    like = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+    )
+    weights = load_weights(Path(workdir), like)
+    return FirstStage(run, weights.params, weights.step, tree_hash(weights.params["encoder"]))
+
+
+def tree_hash(params: Any) -> str:
+    """sha256 over names, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
+        array = np.ascontiguousarray(host_array(leaf))
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()

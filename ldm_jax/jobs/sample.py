@@ -1,0 +1,213 @@
+"""`ldm sample`: a trained denoiser and its first stage to images."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ldm_jax.diffusion import guidance, process, samplers
+from ldm_jax.errors import InputError
+from ldm_jax.eval.images_out import save_grid, save_npz
+from ldm_jax.jobs.first_stage import load_first_stage
+from ldm_jax.jobs.settings import DenoiserRun, build
+from ldm_jax.keys import example_keys, key_for, normal_like
+from ldm_jax.models import autoencoder, conditioners, denoiser, latents
+from ldm_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    check_batch,
+    host_array,
+    make_mesh,
+    param_shardings,
+    use_mesh,
+)
+from ldm_jax.train.checkpoint import load_weights
+from ldm_jax.train.run_dir import read_run
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What to draw. Sample i depends on (seed, i) and these alone, not on batch size or mesh."""
+
+    num: int = 16
+    steps: int = 50
+    sampler: str = "ddim"
+    eta: float = -1.0  # noise of the sampler; -1 = its own default (0 for ddim, 1 for ddpm)
+    guidance: float = 1.0  # 1 = conditional model only, >1 extrapolates
+    classes: tuple[int, ...] = ()  # sample i is of class classes[i % len]; empty = all in turn
+    seed: int = 0
+    noise: str = ""  # .npy f32 [N,H,W,C] of initial noise; empty = drawn from the seed
+    batch_size: int = 0  # images at a time over all devices; 0 = min(num, 100), rounded up to fit
+    weights: str = "auto"  # "ema" | "params" | "auto": the average when there is one
+    step: int = -1  # checkpoint; -1 = the newest
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A denoiser run, its first stage and what lies between them, on a mesh."""
+
+    run: DenoiserRun
+    params: Any
+    step: int
+    which: str
+    first_stage: Any
+    whitening: latents.Whitening
+    latent_shape: tuple[int, int, int]
+    mesh: Mesh
+
+
+def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = MeshConfig()) -> Model:
+    """Everything `ldm sample` needs; raises InputError where first stage and denoiser do not fit."""
+    record = read_run(workdir)
+    if record["job"] != "train-denoiser":
+        raise InputError(
+            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of `ldm train-denoiser`"
+        )
+    run, data = build(DenoiserRun, record["config"]), record["data"]
+    mesh = make_mesh(mesh_config)
+    first_stage = load_first_stage(run.autoencoder, mesh)
+    if first_stage.encoder_hash != data["encoder_hash"]:
+        raise InputError(
+            f"autoencoder {run.autoencoder} has encoder_hash {first_stage.encoder_hash[:12]}, but the "
+            f"denoiser was trained on latents of {data['encoder_hash'][:12]}; give back the weights "
+            "it was trained with, or cache and train anew"
+        )
+    shapes = jax.eval_shape(lambda: denoiser.init(run.model, jax.random.key(0)))
+    shardings = param_shardings(denoiser.axes(run.model), shapes, mesh)
+    like = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+    )
+    step = None if settings.step < 0 else settings.step
+    weights = load_weights(workdir, like, which=settings.weights, step=step)
+    whitening = latents.Whitening(*(tuple(data["whitening"][k]) for k in ("shift", "scale")))
+    shape = tuple(data["latent_shape"])
+    return Model(run, weights.params, weights.step, weights.which, first_stage, whitening, shape, mesh)
+
+
+def check(settings: Settings, model: Model) -> Settings:
+    """Settings with their defaults filled in; raises InputError for what the model can't do."""
+    conditioner = model.run.model.conditioner
+    if settings.sampler not in samplers.SAMPLERS:
+        raise InputError(
+            f"sampler {settings.sampler!r} is unknown; choose one of {sorted(samplers.SAMPLERS)}"
+        )
+    total = model.run.schedule.num_timesteps
+    if not 1 <= settings.steps <= total:
+        raise InputError(f"steps {settings.steps} must be in 1..{total}")
+    if settings.num < 1:
+        raise InputError(f"num {settings.num} must be at least 1")
+    classes = settings.classes
+    if conditioner.kind == "none":
+        if classes or settings.guidance != 1:
+            raise InputError("this denoiser is unconditional; leave out --classes and --guidance")
+    else:
+        classes = classes or tuple(range(conditioner.num_classes))
+        bad = [c for c in classes if not 0 <= c < conditioner.num_classes]
+        if bad:
+            raise InputError(
+                f"class {bad[0]} is unknown; this denoiser has classes 0..{conditioner.num_classes - 1}"
+            )
+    eta = settings.eta if settings.eta >= 0 else {"ddpm": 1.0}.get(settings.sampler, 0.0)
+    if settings.guidance < 0:
+        raise InputError(f"guidance {settings.guidance} must not be negative; 1 = conditional model")
+    ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
+    batch = settings.batch_size or -(-min(settings.num, 100) // ways) * ways
+    check_batch(batch, model.mesh)
+    return dataclasses.replace(settings, classes=classes, eta=eta, batch_size=batch)
+
+
+def initial_noise(settings: Settings, model: Model) -> np.ndarray | None:
+    """The user's noise f32 [num,H,W,C], checked; None when it is drawn from the seed."""
+    if not settings.noise:
+        return None
+    try:
+        noise = np.load(settings.noise, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InputError(f"noise file {settings.noise} cannot be read: {error}") from error
+    want = (settings.num, *model.latent_shape)
+    if noise.shape[1:] != want[1:] or noise.shape[0] < settings.num:
+        raise InputError(f"noise file {settings.noise} has shape {noise.shape}; it must be {want}")
+    return np.asarray(noise[: settings.num], np.float32)
+
+
+def sample(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [num,H,W,3] and their classes int64 [num] (zeros for an unconditional model)."""
+    settings = check(settings, model)
+    noise = initial_noise(settings, model)
+    draw = compile_sampler(model, settings)
+    spread = lambda a: jax.device_put(a, batch_sharding(model.mesh))  # noqa: E731
+    images, batch = [], settings.batch_size
+    classes = settings.classes or (0,)
+    for start in range(0, settings.num, batch):
+        indices = np.arange(start, start + batch)
+        labels = np.asarray(classes, np.int32)[indices % len(classes)]
+        z_T = None
+        if noise is not None:
+            z_T = spread(noise[np.minimum(indices, settings.num - 1)])
+        out = draw(
+            model.params,
+            model.first_stage.params,
+            spread(indices.astype(np.int32)),
+            spread(labels),
+            jnp.float32(settings.guidance),
+            z_T,
+        )
+        images.append(host_array(out))
+    labels = np.asarray(classes, np.int64)[np.arange(settings.num) % len(classes)]
+    return np.concatenate(images)[: settings.num], labels
+
+
+def compile_sampler(model: Model, settings: Settings):
+    """(params, first-stage params, indices [B], labels [B], scale, z_T or None) -> uint8 images."""
+    run, first_stage = model.run, model.first_stage.config
+    schedule = process.make_schedule(run.schedule)
+    solver = samplers.SAMPLERS[settings.sampler]
+    guided = settings.guidance != 1
+    conditional = run.model.conditioner.kind != "none"
+
+    def draw(params, first_stage_params, indices, labels, scale, z_T):
+        with use_mesh(model.mesh):
+            keys = lambda purpose: example_keys(key_for(settings.seed, purpose), indices)  # noqa: E731
+            shape = jax.ShapeDtypeStruct((indices.shape[0], *model.latent_shape), jnp.float32)
+            z_T = normal_like(keys("initial_noise"), shape) if z_T is None else z_T
+            predict = lambda z_t, t, c: denoiser.apply(run.model, params, z_t, t, c)  # noqa: E731
+            if guided:
+                null = conditioners.null(run.model.conditioner, indices.shape[0])
+                predict = guidance.classifier_free(predict, scale, null)
+            z0 = solver(
+                predict,
+                schedule,
+                z_T,
+                {"label": labels} if conditional else {},
+                keys("sampler_noise"),
+                num_steps=settings.steps,
+                eta=settings.eta,
+            )
+            x = autoencoder.decode(first_stage, first_stage_params, model.whitening.unwhiten(z0))
+            return autoencoder.to_uint8(x)
+
+    return jax.jit(draw, out_shardings=batch_sharding(model.mesh))
+
+
+def run(workdir: Path, settings: Settings, out: Path | None = None) -> Path:
+    """Draws and writes `OUT.npz` (layout of ADM's evaluator) and a grid `OUT.png`; returns the npz."""
+    model = load_model(workdir, settings)
+    images, labels = sample(model, settings)
+    out = Path(out) if out else Path(workdir) / "samples" / f"step{model.step}-seed{settings.seed}"
+    out = out.with_suffix("") if out.suffix in (".npz", ".png") else out
+    if jax.process_index() == 0:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_npz(images, labels, out.parent / f"{out.name}.npz")
+        save_grid(images[:400], out.parent / f"{out.name}.png", columns=grid_columns(settings, labels))
+    return out.parent / f"{out.name}.npz"
+
+
+def grid_columns(settings: Settings, labels: Sequence[int]) -> int:
+    """One column a class when classes come in turn; else about square."""
+    classes = len(settings.classes) or int(max(labels)) + 1
+    return classes if 1 < classes <= 40 else int(np.ceil(np.sqrt(min(len(labels), 400))))

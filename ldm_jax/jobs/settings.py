@@ -1,0 +1,188 @@
+"""What a run is told: one frozen dataclass per kind of training, filled from plain config files.
+
+`configs/*.py` hold sparse ConfigDicts. Here they meet the defaults, the command line's overrides
+and the types; past this door nobody sees a ConfigDict, and a misspelt field has been refused.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import typing
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from ldm_jax.data.images import Config as ImagesConfig
+from ldm_jax.diffusion.process import ScheduleConfig
+from ldm_jax.errors import InputError
+from ldm_jax.models.autoencoder import Config as AutoencoderConfig
+from ldm_jax.models.denoiser import Config as DenoiserConfig
+from ldm_jax.sharding import MeshConfig
+from ldm_jax.train.ema import Config as EmaConfig
+from ldm_jax.train.loop import Config as LoopConfig
+from ldm_jax.train.optim import Config as OptimConfig
+from ldm_jax.train.steps import AutoencoderLoss, DenoiserLoss
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderRun:
+    """`ldm train-autoencoder`."""
+
+    seed: int = 0
+    batch_size: int = 32  # images per step, over all devices
+    num_steps: int = 1000
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    keep_every: int = 0
+    data_threads: int = 2  # that prepare batches ahead, per process
+    images: ImagesConfig = ImagesConfig()
+    model: AutoencoderConfig = AutoencoderConfig()
+    loss: AutoencoderLoss = AutoencoderLoss()
+    optim: OptimConfig = OptimConfig(b1=0.5, b2=0.9)
+    ema: EmaConfig = EmaConfig(decay=0.0)
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if self.images.resolution != self.model.resolution:
+            raise InputError(
+                f"images.resolution {self.images.resolution} must equal model.resolution "
+                f"{self.model.resolution}; set both"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserRun:
+    """`ldm train-denoiser`."""
+
+    seed: int = 0
+    batch_size: int = 64  # latents per step, over all devices
+    num_steps: int = 1000
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    keep_every: int = 0
+    data_threads: int = 2
+    autoencoder: str = ""  # workdir of the first stage
+    latents: str = ""  # latent cache; empty = AUTOENCODER/latents
+    flip: bool = False  # train on mirrored images half of the time
+    whitening: str = "global"  # "global" 1/std | "channel" mean and std of each | "none"
+    model: DenoiserConfig = DenoiserConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: DenoiserLoss = DenoiserLoss()
+    optim: OptimConfig = OptimConfig(weight_decay=0.01)
+    ema: EmaConfig = EmaConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+Run = AutoencoderRun | DenoiserRun
+
+
+def loop_config(run: Run) -> LoopConfig:
+    return LoopConfig(**{f.name: getattr(run, f.name) for f in dataclasses.fields(LoopConfig)})
+
+
+def build(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """A dataclass from nested plain values; raises InputError for unknown fields and wrong types."""
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            close = difflib.get_close_matches(name, hints, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(hints)}"
+            raise InputError(f"{where}.{name} is not a field; {hint}")
+    built = {}
+    for name, value in values.items():
+        kind = hints[name]
+        field = f"{where}.{name}"
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise InputError(f"{field} is {value!r}; it must be a group of fields")
+            built[name] = build(kind, value, field)
+        else:
+            built[name] = _typed(kind, value, field)
+    return cls(**built)
+
+
+def _typed(kind: Any, value: Any, field: str) -> Any:
+    if typing.get_origin(kind) is tuple:
+        element = typing.get_args(kind)[0]
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{field} is {value!r}; it must be a tuple of {element.__name__}")
+        return tuple(_typed(element, v, field) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise InputError(f"{field} is {value!r}; it must be of type {kind.__name__}")
+    return value
+
+
+def config_dict(cls: type, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The defaults of `cls` with a config file's values on top: every field that there is."""
+    filled = dataclasses.asdict(build(cls, overrides))
+    return ml_collections.ConfigDict(filled, convert_dict=True)
+
+
+def load_config_file(spec: str) -> dict[str, Any]:
+    """`FILE` or `FILE:VARIANT` -> the values that its get_config returns.
+
+    FILE is looked for from the current folder, then beside the package.
+    """
+    file, _, variant = spec.partition(":")
+    package = Path(__file__).resolve().parents[1]
+    places = [Path(file), package.parent / file, package / file]
+    path = next((p for p in places if p.is_file()), None)
+    if path is None:
+        raise InputError(f"config file {file} does not exist; give --config=FILE:VARIANT")
+    module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert module_spec and module_spec.loader
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    arguments = [variant] if inspect.signature(module.get_config).parameters else []
+    try:
+        return module.get_config(*arguments).to_dict()
+    except KeyError as error:
+        known = ", ".join(getattr(module, "VARIANTS", ()))
+        raise InputError(f"config {file} has no variant {variant!r}; it has: {known}") from error
+
+
+def load_run(cls: type[Run], spec: str, overrides: list[str]) -> Run:
+    """A run's settings from a config file and `--config.field=value` overrides."""
+    return apply_overrides(cls, load_config_file(spec), overrides)
+
+
+def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]) -> Run:
+    """The settings in `values`, defaults filled in, changed by `--config.field=value` arguments."""
+    config = config_dict(cls, values)
+    holder = flags.FlagValues()
+    arguments = ["ldm", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=holder, sys_argv=arguments)
+        rest = holder(arguments)
+    except (flags.Error, AttributeError, TypeError, ValueError) as error:
+        raise InputError(_override_error(cls, overrides, error)) from error
+    if len(rest) > 1:
+        raise InputError(f"argument {rest[1]!r} is not understood; overrides are --config.field=value")
+    return build(cls, holder.config.to_dict())
+
+
+def _override_error(cls: type, overrides: list[str], error: Exception) -> str:
+    known = _paths(cls)
+    for argument in overrides:
+        name = argument.removeprefix("--").removeprefix("no").split("=")[0].removeprefix("config.")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+            hint = f"did you mean --config.{close[0]}?" if close else "see the config file for its fields"
+            return f"config.{name} is not a field; {hint}"
+    return str(error).splitlines()[0]
+
+
+def _paths(cls: type, prefix: str = "") -> list[str]:
+    found = []
+    for name, kind in typing.get_type_hints(cls).items():
+        path = f"{prefix}{name}"
+        found += [path, *_paths(kind, f"{path}.")] if dataclasses.is_dataclass(kind) else [path]
+    return found

@@ -1,0 +1,126 @@
+"""`ldm train-denoiser`: cached latents to a denoiser."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from ldm_jax.data import latent_cache, stream
+from ldm_jax.diffusion import process
+from ldm_jax.errors import InputError
+from ldm_jax.jobs.first_stage import load_first_stage
+from ldm_jax.jobs.settings import DenoiserRun, loop_config
+from ldm_jax.keys import key_for
+from ldm_jax.models import denoiser, latents
+from ldm_jax.sharding import check_batch, make_mesh, process_slice
+from ldm_jax.train import loop, optim, steps
+from ldm_jax.train.run_dir import open_run
+from ldm_jax.train.state import TrainState, init_state
+
+
+def run(config: DenoiserRun, workdir: Path) -> TrainState:
+    """Trains, or goes on, in `workdir`; every refusal comes before anything is written."""
+    loop_settings = loop_config(config)
+    mesh = make_mesh(config.mesh)
+    check_batch(config.batch_size, mesh)
+    config = resolve_paths(config)
+    first_stage = load_first_stage(config.autoencoder, mesh)
+    cache = latent_cache.open_cache(
+        Path(config.latents) / "train", expect={"encoder_hash": first_stage.encoder_hash}
+    )
+    manifest = cache.manifest
+    check_model(config, manifest)
+    if config.flip and not manifest.mirrored:
+        raise InputError(
+            f"flip is set, but the latent cache {config.latents} holds no mirrored images; cache "
+            "them with `ldm cache-latents --mirrored` or set --config.flip=False"
+        )
+    whitening = latents.whitening(
+        config.whitening, manifest.mean, manifest.std, manifest.global_std
+    )
+    data = {
+        "manifest_hash": manifest.hash(),
+        "encoder_hash": manifest.encoder_hash,
+        "num_examples": manifest.num_examples,
+        "latent_shape": list(manifest.latent_shape),
+        "whitening": dataclasses.asdict(whitening),
+    }
+    data["whitening"] = {k: list(v) for k, v in data["whitening"].items()}
+    open_run(workdir, "train-denoiser", config, mesh, data)
+
+    optimizer = optim.make_optimizer(config.optim, config.num_steps)
+    state, shardings = init_state(
+        lambda: denoiser.init(config.model, key_for(config.seed, "init")),
+        denoiser.axes(config.model),
+        optimizer,
+        mesh,
+        with_ema=config.ema.decay > 0,
+    )
+    if jax.process_index() == 0:
+        print(parameter_overview.get_parameter_overview(state.params, include_stats=False), file=sys.stderr)
+    loss = steps.denoiser_loss(
+        config.model, config.loss, process.make_schedule(config.schedule), whitening, config.seed
+    )
+    step = steps.make_step(
+        loss,
+        optimizer,
+        optim.learning_rate(config.optim, config.num_steps),
+        config.ema,
+        mesh,
+        shardings,
+    )
+    index, count = process_slice(config.batch_size, mesh)
+    needed = {"moments", *denoiser.condition_names(config.model)}
+
+    def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
+        batch = cache.read(indices, positions, flip=config.flip, seed=config.seed)
+        return {name: batch[name] for name in needed}
+
+    return loop.train(
+        loop_settings,
+        workdir=workdir,
+        name="train-denoiser",
+        state=state,
+        step=step,
+        batches=lambda start: stream.batches(
+            read,
+            cache.order(config.seed),
+            config.batch_size,
+            start_step=start,
+            shard_index=index,
+            shard_count=count,
+            num_threads=config.data_threads,
+        ),
+        batch_size=config.batch_size,
+        mesh=mesh,
+    )
+
+
+def resolve_paths(config: DenoiserRun) -> DenoiserRun:
+    """Absolute places of the first stage and of the latents, so that any folder may resume."""
+    if not config.autoencoder:
+        raise InputError("config.autoencoder is empty; give the workdir of a trained first stage")
+    absolute = lambda p: p if "://" in p else str(Path(p).absolute())  # noqa: E731
+    autoencoder = absolute(config.autoencoder)
+    cache = absolute(config.latents) if config.latents else f"{autoencoder}/latents"
+    return dataclasses.replace(config, autoencoder=autoencoder, latents=cache)
+
+
+def check_model(config: DenoiserRun, manifest: latent_cache.Manifest) -> None:
+    """Raises InputError unless the denoiser's sizes are those of the latents and their labels."""
+    channels = manifest.latent_shape[-1]
+    backbone, conditioner = config.model.backbone, config.model.conditioner
+    for name in ("in_channels", "out_channels"):
+        if getattr(backbone, name) != channels:
+            raise InputError(
+                f"config.model.backbone.{name} is {getattr(backbone, name)}, but the cached latents "
+                f"have {channels} channels; set it to {channels}"
+            )
+    if conditioner.kind == "class" and conditioner.num_classes != manifest.num_classes:
+        raise InputError(
+            f"config.model.conditioner.num_classes is {conditioner.num_classes}, but the latent "
+            f"cache has {manifest.num_classes} classes; set it to {manifest.num_classes}"
+        )

@@ -1,0 +1,173 @@
+"""Checkpoints through orbax: written in the background, restored on any mesh, never half there.
+
+One folder per step holds the items `params`, `ema` (when an average is kept), `optimizer` and
+`meta` (JSON), so that a later job can read one of them alone.
+"""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from ldm_jax.errors import InputError
+from ldm_jax.train.state import TrainState
+
+logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory."""
+
+    def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
+        """Keeps the newest `keep` and, when keep_every > 0, every multiple of it."""
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+        )
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """The newest complete step, by number; None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Starts writing the state; returns as soon as its buffers are safe to donate."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = {
+            "params": ocp.args.StandardSave(state.params),
+            "optimizer": ocp.args.StandardSave(state.opt_state),
+            "meta": ocp.args.JsonSave({**meta, "step": step}),
+        }
+        if state.ema:
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise RuntimeError(f"checkpoint of step {step} was not written to {self.folder}")
+
+    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """The state of `step`, placed as `like` (shapes, types, shardings) says, and its meta.
+
+        Raises InputError when the checkpoint lacks an item or holds one of another shape.
+        """
+        trees = {"params": like.params, "optimizer": like.opt_state}
+        if like.ema:
+            trees["ema"] = like.ema
+        restored = self._restore(step, trees, with_meta=True)
+        state = TrainState(
+            step=jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding),
+            params=restored["params"],
+            ema=restored["ema"] if like.ema else {},
+            opt_state=restored["optimizer"],
+        )
+        return state, dict(restored["meta"])
+
+    def restore_item(self, step: int, name: str, like: Any) -> Any:
+        """One item, `params` or `ema`, placed as `like` says."""
+        return self._restore(step, {name: like})[name]
+
+    def items(self, step: int) -> set[str]:
+        """The names of what a checkpoint holds."""
+        return {p.name for p in (self.folder / str(step)).iterdir() if p.is_dir()}
+
+    def _restore(self, step: int, trees: dict[str, Any], *, with_meta: bool = False) -> Any:
+        where = f"checkpoint {self.folder / str(step)}"
+        missing = sorted(set(trees) - self.items(step))
+        if missing:
+            raise InputError(
+                f"{where} lacks {missing}: it was written under another configuration; restore that "
+                "configuration or start in a new workdir"
+            )
+        for name, tree in trees.items():
+            self._check_tree(where, name, step, tree)
+        args: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        if with_meta:
+            args["meta"] = ocp.args.JsonRestore()
+        return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    def _check_tree(self, where: str, name: str, step: int, tree: Any) -> None:
+        handler = ocp.StandardCheckpointHandler()
+        stored = handler.metadata(self.folder / str(step) / name)
+        stored = getattr(stored, "item_metadata", stored)
+        stored = getattr(stored, "tree", stored)
+        have, want = _shapes(stored), _shapes(tree)
+        lines = [f"{k} is missing" for k in sorted(want.keys() - have.keys())]
+        lines += [f"{k} is unexpected" for k in sorted(have.keys() - want.keys())]
+        lines += [
+            f"{k} has shape {have[k]}, the configuration gives {want[k]}"
+            for k in sorted(want.keys() & have.keys())
+            if have[k] != want[k]
+        ]
+        if lines:
+            more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+            raise InputError(
+                f"{where}: {name} does not fit: {'; '.join(lines[:3])}{more}; use the configuration "
+                "it was written under or a new workdir"
+            )
+
+    def wait(self) -> None:
+        """Blocks until everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether the machine is being taken away, the same answer on every process."""
+        return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Path -> shape. Named tuples are stored by field or index, so only keys' texts are compared."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        "/".join(_text(k) for k in path): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
+
+
+def _text(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Which weights of a run a later job uses, and the step they are from."""
+
+    params: Any
+    step: int
+    which: str  # "ema" | "params"
+
+
+def load_weights(workdir: Path, like: Any, *, which: str = "auto", step: int | None = None) -> Weights:
+    """Parameters of a finished or running training, for sampling, caching and evaluation.
+
+    `like` gives shapes and shardings; `which` is "ema", "params" or "auto" (the average when the
+    run keeps one).
+    """
+    checkpoints = Checkpoints(workdir)
+    try:
+        step = checkpoints.latest() if step is None else step
+        if step is None:
+            raise InputError(f"workdir {workdir} holds no checkpoint; train it first")
+        if not (checkpoints.folder / str(step)).is_dir():
+            raise InputError(f"workdir {workdir} holds no checkpoint of step {step}")
+        if which == "auto":
+            which = "ema" if "ema" in checkpoints.items(step) else "params"
+        return Weights(checkpoints.restore_item(step, which, like), step, which)
+    finally:
+        checkpoints.close()

@@ -1,0 +1,175 @@
+"""The loop around a training step: data in, metrics out one step late, checkpoints, clean stops."""
+
+import dataclasses
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from ldm_jax.errors import InputError
+from ldm_jax.sharding import put_batch
+from ldm_jax.train.checkpoint import Checkpoints
+from ldm_jax.train.log import make_writer
+from ldm_jax.train.state import TrainState, abstract_like
+from ldm_jax.train.steps import Step
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How long a run goes and how often it writes; a resumed run may change all of these."""
+
+    num_steps: int
+    log_every: int
+    checkpoint_every: int
+    keep_checkpoints: int = 2  # newest ones
+    keep_every: int = 0  # and every multiple of this; 0 = none
+
+    def __post_init__(self):
+        for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} {getattr(self, field)} must be at least 1")
+
+
+class Meter:
+    """Means of metrics since the last log line; its content goes into checkpoints.
+
+    So the metrics of a resumed run equal those of an unbroken one bit for bit, wherever it stopped.
+    """
+
+    def __init__(self, pending: list[dict[str, float]] | None = None):
+        self.pending = list(pending or [])
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        """Blocks until the metrics' step has run."""
+        self.pending.append({k: float(v) for k, v in jax.device_get(metrics).items()})
+
+    def flush(self) -> dict[str, float]:
+        means = {k: float(np.mean([m[k] for m in self.pending])) for k in self.pending[0]}
+        self.pending = []
+        return means
+
+
+class _StopRequest:
+    """Turns SIGTERM and SIGINT into a request to save and stop; a second one ends at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        if self.signal:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
+
+
+def train(
+    config: Config,
+    *,
+    workdir: Path,
+    name: str,
+    state: TrainState,
+    step: Step,
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    batch_size: int,
+    mesh: Mesh,
+) -> TrainState:
+    """Runs to `num_steps`, from the newest checkpoint in `workdir` when there is one.
+
+    `batches(start)` yields this process's slices of the global batches from step `start` on: the
+    data position is the step and nothing else. Raises whatever the data raises, after saving the
+    last complete step; exits with 128 + signal when asked to stop, likewise.
+    """
+    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every)
+    meter, start = Meter(), checkpoints.latest() or 0
+    if start:
+        state, meta = checkpoints.restore(start, abstract_like(state))
+        meter = Meter(meta["pending_metrics"])
+    is_main = jax.process_index() == 0
+    writer = make_writer(workdir, resume_step=start, is_main=is_main)
+    save = lambda: checkpoints.save(state, {"pending_metrics": meter.pending})  # noqa: E731
+    bar = _progress(name, start, config.num_steps, is_main)
+    stream, late = batches(start), None
+    clock, clock_step = time.perf_counter(), start
+    try:
+        with _StopRequest() as stop:
+            for n in range(start, config.num_steps):
+                try:
+                    batch = put_batch(next(stream), mesh, batch_size)
+                except Exception:
+                    # Alone we can save what is done; with peers, they would wait for us in vain.
+                    if late is not None and jax.process_count() == 1:
+                        _record(late, meter, n, config, writer, clock, clock_step, batch_size)
+                        save()
+                    raise
+                state, metrics = step(state, batch)
+                if late is not None:
+                    _record(late, meter, n, config, writer, clock, clock_step, batch_size)
+                    if n % config.log_every == 0:
+                        clock, clock_step = time.perf_counter(), n
+                late = metrics
+                done = n + 1
+                stopping = bool(stop.signal) or checkpoints.reached_preemption(done)
+                if stopping or done % config.checkpoint_every == 0 or done == config.num_steps:
+                    _record(late, meter, done, config, writer, clock, clock_step, batch_size)
+                    late = None
+                    save()
+                elif jax.default_backend() == "cpu":
+                    # Fake devices share one thread pool; two steps in flight can starve each other.
+                    jax.block_until_ready(metrics)
+                bar.update(1)
+                if stopping:
+                    checkpoints.wait()
+                    print(f"stopped at step {done}; the same command resumes", file=sys.stderr)
+                    raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+    finally:
+        bar.close()
+        checkpoints.wait()
+        checkpoints.close()
+        writer.close()
+        if hasattr(stream, "close"):
+            stream.close()
+    return state
+
+
+def _record(metrics, meter, done, config, writer, clock, clock_step, batch_size) -> None:
+    """Takes in the metrics of the `done`-th step and writes a line when one is due."""
+    meter.add(metrics)
+    if done % config.log_every and done != config.num_steps:
+        return
+    rate = (done - clock_step) / max(time.perf_counter() - clock, 1e-9)
+    scalars = meter.flush()
+    writer.write_scalars(done, scalars | {"time/images_per_second": rate * batch_size})
+    writer.flush()
+
+
+def _progress(name: str, start: int, total: int, is_main: bool) -> tqdm:
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(
+        desc=name,
+        initial=start,
+        total=total,
+        unit="step",
+        disable=not is_main,
+        mininterval=interval,
+        maxinterval=interval,
+        dynamic_ncols=True,
+    )

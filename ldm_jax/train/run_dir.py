@@ -1,0 +1,137 @@
+"""The run directory: `run.json` says what ran, and a second start is held against it."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from ldm_jax.errors import InputError
+
+PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+# What a resumed run may change: how long, where and how often, never what is computed.
+FREE_FIELDS = ("num_steps", "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every")
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that holds the code; empty outside of one."""
+    try:
+        git = lambda *args: subprocess.run(  # noqa: E731
+            ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def describe(job: str, config: dict[str, Any], mesh: Mesh, data: dict[str, Any]) -> dict[str, Any]:
+    """The content of run.json."""
+    device = mesh.devices.flat[0]
+    return {
+        "job": job,
+        "config": config,
+        "data": data,
+        "command": sys.argv,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git": git_state(Path(__file__).parent),
+        "python": sys.version.split()[0],
+        "packages": {p: _version(p) for p in PACKAGES},
+        "mesh": dict(mesh.shape),
+        "devices": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": int(mesh.devices.size),
+            "processes": jax.process_count(),
+        },
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def read_run(workdir: Path) -> dict[str, Any]:
+    """run.json of a workdir; raises InputError where there is none."""
+    path = Path(workdir) / "run.json"
+    if not path.is_file():
+        raise InputError(
+            f"workdir {workdir} holds no run.json: it is not the run directory of a training; check "
+            "the path, or give --config to start one there"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, Any]) -> None:
+    """Writes run.json in a new workdir, or checks that what stands there fits before any work.
+
+    `config` is the run's dataclass; `data` names what it trains on. Raises InputError naming the
+    first fields that differ. Earlier starts are kept under `history`.
+    """
+    workdir, path = Path(workdir), Path(workdir) / "run.json"
+    record = describe(job, to_json(config), mesh, data)
+    if path.exists():
+        previous = read_run(workdir)
+        check_same(workdir, previous, record)
+        history = previous.pop("history", [])
+        record["history"] = [*history, {k: previous[k] for k in ("started", "command", "git", "mesh")}]
+    elif workdir.exists() and (workdir / "checkpoints").exists():
+        raise InputError(
+            f"workdir {workdir} holds checkpoints but no run.json; move them away or use a new workdir"
+        )
+    if jax.process_index() == 0:
+        write_json(path, record)
+
+
+def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) -> None:
+    if previous["job"] != record["job"]:
+        raise InputError(
+            f"workdir {workdir} belongs to `ldm {previous['job']}`, not `ldm {record['job']}`; use "
+            "another workdir"
+        )
+    for part in ("config", "data"):
+        old, new = _flatten(previous[part]), _flatten(record[part])
+        different = [
+            f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} now"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key, "absent") != new.get(key, "absent")
+            and not (part == "config" and key.split(".")[0] in FREE_FIELDS)
+        ]
+        if different:
+            more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
+            raise InputError(
+                f"workdir {workdir} was started with another {part}: {'; '.join(different[:3])}{more};"
+                " give the old values back or use a new workdir"
+            )
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Written beside and renamed, so that a killed process never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
+    return flat
