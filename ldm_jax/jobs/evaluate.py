@@ -1,0 +1,137 @@
+"""`ldm evaluate`: figures of a trained first stage, or of a denoiser's samples of the digits."""
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ldm_jax.data import images
+from ldm_jax.errors import InputError
+from ldm_jax.eval import digits, frechet, reconstruction
+from ldm_jax.jobs import sample
+from ldm_jax.jobs.first_stage import FirstStage, load_first_stage
+from ldm_jax.models import autoencoder, latents
+from ldm_jax.sharding import MeshConfig, batch_sharding, host_array, make_mesh, use_mesh
+from ldm_jax.train.run_dir import read_run
+
+Figures = dict[str, float]
+
+
+def run(workdir: Path, settings: sample.Settings) -> Figures:
+    """Measures, prints and appends to `evaluation.jsonl`; what is measured depends on the run."""
+    job = read_run(workdir)["job"]
+    if job == "train-autoencoder":
+        figures, how = reconstruction_figures(workdir), {}
+    else:
+        figures, how = digit_figures(workdir, settings), dataclasses.asdict(settings)
+    for name, value in figures.items():
+        print(f"{name:32s} {value:.4f}")
+    line = {
+        "job": job,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "settings": how,
+        "figures": figures,
+    }
+    if jax.process_index() == 0:
+        with (Path(workdir) / "evaluation.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+    return figures
+
+
+def all_images(source: images.Images) -> tuple[np.ndarray, np.ndarray]:
+    """A whole split: uint8 [N,H,W,3] and labels [N]. For small data sets."""
+    indices = np.arange(len(source), dtype=np.int64)
+    batch = source.read(indices, indices)
+    return batch["image"], batch["label"]
+
+
+def reconstruct(first_stage: FirstStage, pictures: np.ndarray, mesh, batch_size: int = 100) -> np.ndarray:
+    """uint8 [N,H,W,3] through encoder, posterior mean and decoder, rounded and clipped."""
+
+    def forward(params, image):
+        with use_mesh(mesh):
+            x = autoencoder.to_unit(image)
+            z = latents.mode(autoencoder.encode(first_stage.config, params, x))
+            return autoencoder.to_uint8(autoencoder.decode(first_stage.config, params, z))
+
+    forward = jax.jit(forward, out_shardings=batch_sharding(mesh))
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-min(batch_size, len(pictures)) // ways) * ways
+    out = []
+    for start in range(0, len(pictures), size):
+        rows = np.minimum(np.arange(start, start + size), len(pictures) - 1)
+        image = jax.device_put(pictures[rows], batch_sharding(mesh))
+        out.append(host_array(forward(first_stage.params, image)))
+    return np.concatenate(out)[: len(pictures)]
+
+
+def reconstruction_figures(workdir: Path, limit: int = 10_000) -> Figures:
+    """PSNR (dB) and SSIM over the held-out split, its first `limit` images."""
+    mesh = make_mesh(MeshConfig())
+    first_stage = load_first_stage(workdir, mesh)
+    source = images.open_images(first_stage.run.images, "held_out", augment=False)
+    psnr, ssim = [], []
+    for start in range(0, min(len(source), limit), 500):
+        indices = np.arange(start, min(start + 500, len(source), limit), dtype=np.int64)
+        pictures = source.read(indices, indices)["image"]
+        rebuilt = reconstruct(first_stage, pictures, mesh)
+        psnr.append(reconstruction.psnr(pictures, rebuilt))
+        ssim.append(reconstruction.ssim(pictures, rebuilt))
+    psnr, ssim = np.concatenate(psnr), np.concatenate(ssim)
+    return {
+        "psnr_db": float(psnr.mean()),
+        "psnr_db_std": float(psnr.std()),
+        "ssim": float(ssim.mean()),
+        "num_images": float(len(psnr)),
+    }
+
+
+def digit_figures(workdir: Path, settings: sample.Settings) -> Figures:
+    """Accuracy and Fréchet distance of samples, by a classifier trained on the real digits.
+
+    The classifier is kept as `classifier.npz` in the workdir. The Fréchet distance is to all real
+    digits; beside it stand its two natural yardsticks, that between halves of the real digits and
+    that of their reconstructions by the first stage alone.
+    """
+    model = sample.load_model(workdir, settings)
+    config = model.first_stage.run.images
+    if config.source != "digits":
+        raise InputError(
+            f"this denoiser was trained on {config.source!r}; `ldm evaluate` judges samples of the "
+            "digits only, others need a pretrained feature network; use `ldm sample` and your own tool"
+        )
+    train_images, train_labels = all_images(images.open_images(config, "train", augment=False))
+    held_out, held_out_labels = all_images(images.open_images(config, "held_out", augment=False))
+    judge = digit_judge(Path(workdir) / "classifier.npz", train_images, train_labels)
+    real = np.concatenate([train_images, held_out])
+    real_labels = np.concatenate([train_labels, held_out_labels])
+
+    pictures, labels = sample.sample(model, settings)
+    rebuilt = reconstruct(model.first_stage, real, model.mesh)
+    real_features = digits.features(judge, real)
+    to_real = lambda p: frechet.distance(  # noqa: E731
+        frechet.Moments.of(digits.features(judge, p)), frechet.Moments.of(real_features)
+    )
+    halves = digits.half_distance(real_features, real_labels, seed=0)
+    return {
+        "classifier_held_out_accuracy": digits.evaluate(judge, held_out, held_out_labels),
+        "sample_accuracy": digits.evaluate(judge, pictures, labels),
+        "frechet_samples": to_real(pictures),
+        "frechet_autoencoder_alone": to_real(rebuilt),
+        "frechet_halves_of_real": halves.mean,
+        "frechet_halves_of_real_std": halves.spread,
+        "num_samples": float(len(pictures)),
+    }
+
+
+def digit_judge(path: Path, train_images: np.ndarray, train_labels: np.ndarray) -> Any:
+    """The classifier at `path`, trained and saved there when there is none."""
+    if path.exists():
+        return digits.load(path)
+    judge = digits.train_classifier(train_images, train_labels, seed=0)
+    digits.save(judge, path)
+    return judge
