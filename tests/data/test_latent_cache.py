@@ -4,6 +4,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 
 from ldm_jax.data import latent_cache
 from ldm_jax.data.latent_cache import open_cache
@@ -81,6 +82,12 @@ def test_read_gives_back_what_was_written(cached):
     assert len(cache) == N
 
 
+def test_records_stand_alone_in_their_file_as_random_reading_wants(cached):
+    reader = ArrayRecordReader(str(cached / plan_shards(N, SHARD)[0].name))
+    assert "group_size:1," in reader.writer_options_string() and reader.num_records() == 4
+    reader.close()
+
+
 def test_bfloat16_is_rounded_once_and_returned_as_f32(tmp_path):
     write(tmp_path, dtype="bfloat16")
     batch = open_cache(tmp_path).read(np.arange(N), np.arange(N), flip=False)
@@ -109,6 +116,7 @@ def test_flip_takes_mirrored_moments_by_position_alone(cached):
     mirrored = (batch == MIRRORED[positions % N]).all((1, 2, 3))
     plain = (batch == MOMENTS[positions % N]).all((1, 2, 3))
     assert (mirrored ^ plain).all() and 150 < mirrored.sum() < 250
+    assert len(np.unique(mirrored[positions % N == 0])) == 2  # drawn anew each epoch
     some = np.array([399, 7, 260])
     part = cache.read(some % N, some, flip=True, seed=2)["moments"]
     np.testing.assert_array_equal(part, batch[some])
@@ -202,7 +210,7 @@ def test_a_damaged_shard_is_written_again(own, cached, harm):
     assert (own / "manifest.json").read_bytes() == (cached / "manifest.json").read_bytes()
 
 
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("lost", ["manifest.json", "spec.json", "none"])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -212,9 +220,8 @@ def test_a_damaged_shard_is_written_again(own, cached, harm):
         ({"images": {"resolution": 32}}, "images is {.*'resolution': 16} but"),
     ],
 )
-def test_another_cache_is_never_overwritten(own, finished, changes, message):
-    if not finished:
-        (own / "manifest.json").unlink()
+def test_another_cache_is_never_overwritten(own, lost, changes, message):
+    (own / lost).unlink(missing_ok=True)
     before = {f.name: f.read_bytes() for f in own.iterdir()}
     with pytest.raises(InputError, match=message + ".*; choose another --out"):
         begin(own, spec(**changes))

@@ -82,6 +82,7 @@ def test_uniforms_depend_on_the_position_alone_and_fill_the_unit_interval():
     whole = draws.uniforms(1, "flip", positions, 2)
     some = np.array([4999, 3, 255, 256, 1 << 40])
     np.testing.assert_array_equal(draws.uniforms(1, "flip", some, 2)[:4], whole[some[:4]])
+    assert len(np.unique(whole)) == whole.size
     assert abs(whole.mean() - 0.5) < 0.02 and whole.min() >= 0 and whole.max() < 1
     assert abs(np.corrcoef(whole.T)[0, 1]) < 0.05
     assert not np.array_equal(whole, draws.uniforms(2, "flip", positions, 2))
@@ -128,15 +129,15 @@ def test_stream_hands_an_input_error_on_at_its_batch(prefetch):
 
 
 def test_stream_leaves_no_thread_when_closed():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     stream = batches(echo, Order(10, 0), 8)
     next(stream)
-    assert threading.active_count() > before
+    mine = set(threading.enumerate()) - before
+    assert mine
     stream.close()
-    for thread in threading.enumerate():
-        if thread.name.startswith("grain-prefetch"):
-            thread.join(timeout=5)
-    assert threading.active_count() == before
+    for thread in mine:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
 
 
 def test_stream_left_open_lets_the_program_end():
