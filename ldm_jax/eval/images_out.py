@@ -1,0 +1,140 @@
+"""Images on disk: PNG grids to look at, and `.npz` files in the layout of ADM's evaluator."""
+
+import io
+import os
+import tempfile
+import zipfile
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+
+from ldm_jax.errors import InputError
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
+    """Fills `path` through `write(file)`; the old file stays whole until the new one is on disk."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide results from a team
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def png_bytes(image: np.ndarray) -> bytes:
+    """The PNG file of one uint8 image [H,W,3]; raises InputError for anything else."""
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise InputError(f"image {image.dtype} {image.shape}: a PNG is written from uint8 [H,W,3]")
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
+    """uint8 [N,H,W,3] -> one uint8 image, row by row; gaps and missing cells are white."""
+    images = check_images(images)
+    if columns < 1 or len(images) < 1:
+        raise InputError(
+            f"a grid of {len(images)} images in {columns} columns: both must be positive"
+        )
+    n, h, w, c = images.shape
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    canvas = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        canvas[top : top + h, left : left + w] = image
+    return canvas
+
+
+def save_grid(images: np.ndarray, path: str | os.PathLike, columns: int) -> None:
+    """Writes uint8 images [N,H,W,3] as one PNG, row by row."""
+    data = png_bytes(grid(images, columns))
+    write_atomically(path, lambda file: file.write(data))
+
+
+def save_npz(images: np.ndarray, labels: np.ndarray | None, path: str | os.PathLike) -> None:
+    """Writes `arr_0` uint8 [N,H,W,3] and, with labels, `arr_1` int64 [N], as ADM's evaluator reads.
+
+    Layout: Dhariwal and Nichol's guided-diffusion, evaluations/README.md.
+    """
+    arrays = [check_images(images)]
+    if labels is not None:
+        arrays.append(_check_labels(labels, len(arrays[0])))
+    write_atomically(path, lambda file: np.savez(file, *arrays))
+
+
+def load_npz(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
+    """(images uint8 [N,H,W,3], labels int64 [N] or None); raises InputError for any other file."""
+    arrays = read_npz(path)
+    if "arr_0" not in arrays:
+        raise InputError(
+            f"{path} holds {sorted(arrays)}: samples are uint8 [N,H,W,3] under `arr_0`; write them "
+            "with `ldm sample`"
+        )
+    images = check_images(arrays["arr_0"], f"{path}: arr_0")
+    labels = arrays.get("arr_1")
+    return images, None if labels is None else _check_labels(labels, len(images), f"{path}: arr_1")
+
+
+def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz`; raises InputError where it is missing, broken or holds pickles."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {
+                member.filename.removesuffix(".npy"): _read_member(archive, member)
+                for member in archive.infolist()
+            }
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path") from None
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+        raise InputError(f"{path} is not a whole .npz file of plain arrays: {error}") from error
+
+
+def _read_member(archive, member):
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise ValueError(f"{member.filename} has format version {version}")
+        read = np.lib.format.read_array_header_1_0
+        if version == (2, 0):
+            read = np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        # A header may promise terabytes; numpy would allocate them before it misses the data.
+        if file.tell() + prod(shape) * dtype.itemsize != member.file_size:
+            raise ValueError(
+                f"{member.filename} does not hold the {dtype} {shape} its header names"
+            )
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def check_images(images: np.ndarray, name: str = "images") -> np.ndarray:
+    """`images` as an array; raises InputError unless it is uint8 [N,H,W,3]."""
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise InputError(f"{name} is {images.dtype} {images.shape}: the rule is uint8 [N,H,W,3]")
+    return images
+
+
+def _check_labels(labels, count, name="labels"):
+    labels = np.asarray(labels)
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        raise InputError(
+            f"{name} is {labels.dtype} {labels.shape}: the rule is one integer per image, [{count}]"
+        )
+    return labels.astype(np.int64)

@@ -1,0 +1,142 @@
+"""Curves of the report as inline SVG: axes with round ticks, one colour per series."""
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+
+COLORS = 6  # the style sheet names them --s0 to --s5
+WIDTH, HEIGHT = 460, 260  # of the drawing, in its own units; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 44  # margins around the axes
+POINTS = 300  # most points a line is drawn through
+
+
+class Curve(NamedTuple):
+    """One diagram; each of `series` is name -> (xs, ys), two equally long sequences of numbers."""
+
+    title: str
+    series: Mapping[str, tuple[Any, Any]]
+    log: bool = False  # logarithmic y axis; values that are not positive are left out
+    x_label: str = "step"
+    y_label: str = ""  # with its unit
+
+
+def curve_svg(curve: Curve) -> str:
+    """The diagram as an `<svg>` element; values that are not finite are left out.
+
+    A series of more than 300 points is drawn as the means of equal runs of points over a pale band
+    from the smallest to the largest value of each run.
+    """
+    lines = [_reduce(*_clean(xs, ys, curve.log)) for xs, ys in curve.series.values()]
+    drawn = [line for line in lines if len(line[0])]
+    if not drawn:
+        return '<p class="none">no data</p>'
+    left, right = min(x.min() for x, *_ in drawn), max(x.max() for x, *_ in drawn)
+    low, high = min(least.min() for *_, least, _ in drawn), max(most.max() for *_, most in drawn)
+    x_ticks = _ticks(left, right, 5, widen=False)
+    y_ticks = _log_ticks(low, high) if curve.log else _ticks(low, high, 5, widen=True)
+    to_x = _scale(*_nonzero(left, right), LEFT, WIDTH - RIGHT)
+    to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP, log=curve.log)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(curve.title)}">']
+    for tick in y_ticks:
+        y = to_y(tick)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        place = f'x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end"'
+        parts.append(f"<text {place}>{_number(tick)}</text>")
+    floor = HEIGHT - BOTTOM
+    for tick in x_ticks:
+        x = to_x(tick)
+        parts.append(f'<path class="axis" d="M{x:.1f} {floor}v5"/>')
+        place = f'x="{x:.1f}" y="{floor + 18}" text-anchor="middle"'
+        parts.append(f"<text {place}>{_number(tick)}</text>")
+    parts.append(f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>')
+    middle = f'x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle"'
+    parts.append(f"<text {middle}>{escape(curve.x_label)}</text>")
+    if curve.y_label:
+        turned = f'transform="translate(12 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle"'
+        parts.append(f"<text {turned}>{escape(curve.y_label)}</text>")
+    for i, (x, y, least, most) in enumerate(lines):
+        if not len(x):
+            continue
+        color = f"var(--s{i % COLORS})"
+        if not np.array_equal(least, most):
+            edge = np.concatenate([x, x[::-1]]), np.concatenate([most, least[::-1]])
+            parts.append(
+                f'<path class="band" style="fill:{color}" d="{_path(*edge, to_x, to_y)}Z"/>'
+            )
+        parts.append(f'<path class="line" style="stroke:{color}" d="{_path(x, y, to_x, to_y)}"/>')
+    return "".join([*parts, "</svg>"])
+
+
+def _clean(xs, ys, log):
+    x, y = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
+    keep = np.isfinite(x) & np.isfinite(y)
+    if log:
+        keep &= y > 0
+    return x[keep], y[keep]
+
+
+def _reduce(x, y):
+    """(x, mean, least, most) over at most POINTS equal runs."""
+    runs = np.array_split(np.arange(len(x)), min(len(x), POINTS)) if len(x) else []
+    return (
+        np.array([x[r].mean() for r in runs]),
+        np.array([y[r].mean() for r in runs]),
+        np.array([y[r].min() for r in runs]),
+        np.array([y[r].max() for r in runs]),
+    )
+
+
+def _ticks(low, high, count, *, widen):
+    """Multiples of 1, 2 or 5 times a power of ten, about `count` of them.
+
+    With `widen` the first and last enclose the range; without it they lie inside.
+    """
+    low, high = _nonzero(low, high)
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
+    if widen:
+        first, last = math.floor(low / step), math.ceil(high / step)
+    else:
+        first, last = math.ceil(low / step), math.floor(high / step)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _log_ticks(low, high):
+    """Powers of ten that enclose the range; 1-2-5 steps where it spans at most two of them."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high)) + 1
+    if last - first > 2:
+        stride = -(-(last - first) // 6)
+        return [10.0**e for e in range(first, last + stride, stride)]
+    ticks = [m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5)]
+    start = max(i for i, tick in enumerate(ticks) if tick <= low)
+    stop = min(i for i, tick in enumerate(ticks) if tick > high)
+    return ticks[start : stop + 1]
+
+
+def _nonzero(low, high):
+    """The range itself, or one around it when it is a single value."""
+    if high > low:
+        return low, high
+    margin = abs(low) * 0.1 or 1.0
+    return low - margin, high + margin
+
+
+def _scale(low, high, start, stop, log=False):
+    f = math.log10 if log else float
+    a, b = f(low), f(high)
+    return lambda v: start + (f(v) - a) / (b - a) * (stop - start)
+
+
+def _path(x, y, to_x, to_y):
+    return "M" + "L".join(f"{to_x(a):.1f} {to_y(b):.1f}" for a, b in zip(x, y, strict=True))
+
+
+def _number(value):
+    """A tick: thousands as k, tiny and huge values with an exponent."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return f"{value / 1000:.6g}k" if size >= 10_000 else f"{value:.6g}"
