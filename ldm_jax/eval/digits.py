@@ -63,7 +63,7 @@ def train_classifier(
     limits = jnp.array([len(labels), 2 * max_shift + 1, 2 * max_shift + 1])
 
     @jax.jit
-    def step(params, opt_state, data, targets, n):
+    def step(params, opt_state, data, targets, seed, n):
         key = key_for(seed, "classifier/batch", n)
         row, down, right = jax.random.randint(key, (batch_size, 3), 0, limits.reshape(1, 3)).T
         move = jax.vmap(lambda image, y, x: jax.lax.dynamic_slice(image, (y, x, 0), shape))
@@ -79,7 +79,7 @@ def train_classifier(
     params = jax.jit(functools.partial(classifier.init, config))(key_for(seed, "classifier/init"))
     opt_state = optimizer.init(params)
     for n in range(num_steps):
-        params, opt_state = step(params, opt_state, data, targets, n)
+        params, opt_state = step(params, opt_state, data, targets, seed, n)
     return Classifier(config, jax.device_get(params))
 
 
