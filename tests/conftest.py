@@ -14,3 +14,13 @@ import jax  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
+
+import pytest  # noqa: E402
+
+from tests import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def first_stage(tmp_path_factory):
+    """Workdir of a tiny trained autoencoder, its latents cached."""
+    return tiny.trained_autoencoder(tmp_path_factory.mktemp("tiny"))

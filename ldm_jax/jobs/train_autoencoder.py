@@ -1,6 +1,7 @@
 """`ldm train-autoencoder`: images to a first stage."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -16,10 +17,10 @@ from ldm_jax.train.run_dir import open_run
 from ldm_jax.train.state import TrainState, init_state
 
 
-def run(config: AutoencoderRun, workdir: Path) -> TrainState:
-    """Trains, or goes on, in `workdir`; every refusal comes before anything is written."""
+def run(config: AutoencoderRun, workdir: Path, devices: Sequence[jax.Device] | None = None) -> TrainState:
+    """Trains, or goes on, in `workdir`, on `devices` (None: all); refusals come before any writing."""
     loop_settings = loop_config(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     check_batch(config.batch_size, mesh)
     source = images.open_images(config.images, "train", augment=True, seed=config.seed)
     data = {"fingerprint": source.fingerprint(), "num_examples": len(source)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -21,10 +22,10 @@ from ldm_jax.train.run_dir import open_run
 from ldm_jax.train.state import TrainState, init_state
 
 
-def run(config: DenoiserRun, workdir: Path) -> TrainState:
-    """Trains, or goes on, in `workdir`; every refusal comes before anything is written."""
+def run(config: DenoiserRun, workdir: Path, devices: Sequence[jax.Device] | None = None) -> TrainState:
+    """Trains, or goes on, in `workdir`, on `devices` (None: all); refusals come before any writing."""
     loop_settings = loop_config(config)
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     check_batch(config.batch_size, mesh)
     config = resolve_paths(config)
     first_stage = load_first_stage(config.autoencoder, mesh)

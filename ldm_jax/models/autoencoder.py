@@ -18,7 +18,9 @@ from ldm_jax.models.layers import (
     GroupNorm,
     attend,
     check_groups,
+    declarations,
     downsample,
+    draw_parameters,
     parameter_axes,
     resolve_dtype,
     upsample_nearest,
@@ -148,25 +150,23 @@ class _Decoder(nn.Module):
         return Conv(c.image_channels, dtype=dtype, name="conv_out")(x).astype(jnp.float32)
 
 
-def _boxed(config: Config, key: jax.Array) -> Any:
-    encoder_key, decoder_key = jax.random.split(key)
-    side = config.resolution
-    x = jnp.zeros((1, side, side, config.image_channels))
+def _declared(config: Config) -> Any:
+    x = jnp.zeros((1, config.resolution, config.resolution, config.image_channels))
     z = jnp.zeros((1, *config.latent_shape))
     return {
-        "encoder": _Encoder(config).init(encoder_key, x)["params"],
-        "decoder": _Decoder(config).init(decoder_key, z)["params"],
+        "encoder": declarations(_Encoder(config), x),
+        "decoder": declarations(_Decoder(config), z),
     }
 
 
 def init(config: Config, key: jax.Array) -> Any:
     """Parameters as nested dicts of f32 arrays."""
-    return nn.meta.unbox(_boxed(config, key))
+    return draw_parameters(_declared(config), key)
 
 
 def axes(config: Config) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
-    return parameter_axes(jax.eval_shape(lambda: _boxed(config, jax.random.key(0))))
+    return parameter_axes(_declared(config))
 
 
 def to_unit(images: jax.Array) -> jax.Array:

@@ -6,12 +6,13 @@ the published models were trained from.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.sharding import constrain
@@ -26,10 +27,74 @@ def resolve_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def uniform_fan_in(fan_in: int) -> Callable:
-    """Initialiser: uniform in +-1/sqrt(fan_in), PyTorch's default for weights and biases alike."""
-    bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+DRAW_SIZE = 2**26  # numbers in one draw of initial values: 256 MiB
+
+
+class Declared(flax.struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A parameter before it has a value: its logical axes, and the law it starts from.
+
+    It starts as offset + scale * uniform(-1, 1).
+    """
+
+    value: Any
+    names: tuple = flax.struct.field(pytree_node=False)
+    scale: float = flax.struct.field(pytree_node=False)
+    offset: float = flax.struct.field(pytree_node=False)
+
+    def unbox(self):
+        return self.value
+
+    def replace_boxed(self, val):
+        return self.replace(value=val)
+
+    def add_axis(self, index, params):
+        return self
+
+    def remove_axis(self, index, params):
+        return self
+
+
+def declare(module: nn.Module, name: str, shape: tuple, names: tuple, *, scale=0.0, offset=0.0):
+    """A parameter of a Linen module, f32; inside `init` only its declaration counts."""
+    make = lambda key: Declared(jnp.zeros(shape, jnp.float32), names, scale, offset)  # noqa: E731
+    return module.param(name, make)
+
+
+def _is_declared(x: Any) -> bool:
+    return isinstance(x, Declared)
+
+
+def declarations(module: nn.Module, *inputs: Any) -> Any:
+    """The tree of Declared parameters of a module, nothing computed."""
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
+
+
+def draw_parameters(declared: Any, key: jax.Array) -> Any:
+    """Values for a tree of declarations: nested dicts of f32 arrays.
+
+    Parameters are cut from a few long draws. Drawn one by one, the random number generator is
+    compiled once for each, and starting a model takes longer than compiling its training step.
+    """
+    leaves, structure = jax.tree.flatten(declared, is_leaf=_is_declared)
+    values = [jnp.full(leaf.value.shape, leaf.offset, jnp.float32) for leaf in leaves]
+    chunks: list[list[int]] = [[]]
+    for i, leaf in enumerate(leaves):
+        if leaf.scale:
+            if sum(leaves[j].value.size for j in chunks[-1]) + leaf.value.size > DRAW_SIZE:
+                chunks.append([])
+            chunks[-1].append(i)
+    for number, members in enumerate(filter(None, chunks)):
+        stops = np.cumsum([leaves[i].value.size for i in members])
+        chunk_key = jax.random.fold_in(key, number)
+        draws = jax.random.uniform(chunk_key, (int(stops[-1]),), jnp.float32, -1.0, 1.0)
+        for i, draw in zip(members, jnp.split(draws, stops[:-1]), strict=True):
+            values[i] = values[i] + leaves[i].scale * draw.reshape(leaves[i].value.shape)
+    return jax.tree.unflatten(structure, values)
+
+
+def parameter_axes(declared: Any) -> Any:
+    """Tuples of logical axis names, one for each declared parameter."""
+    return jax.tree.map(lambda leaf: leaf.names, declared, is_leaf=_is_declared)
 
 
 class Conv(nn.Module):
@@ -45,14 +110,16 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x):
         shape = (self.size, self.size, x.shape[-1], self.features)
-        init = uniform_fan_in(math.prod(shape[:-1]))
-        init = nn.initializers.zeros if self.zero_init else init
+        scale = 0.0 if self.zero_init else 1 / math.sqrt(math.prod(shape[:-1]))
         names = (None, None, "in_channels", "out_channels")
-        kernel = self.param("kernel", nn.with_partitioning(init, names), shape)
-        bias = self.param("bias", nn.with_partitioning(init, ("out_channels",)), (self.features,))
+        kernel = declare(self, "kernel", shape, names, scale=scale)
+        bias = declare(self, "bias", shape[-1:], names[-1:], scale=scale)
+        # Shards over fsdp are gathered here, in the type of the product: left to themselves,
+        # partitioners shard the contraction (and XLA 0.10's CPU gradients are then wrong).
+        kernel = constrain(kernel.astype(self.dtype), None, None, None, "out_channels")
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            kernel,
             window_strides=(self.stride, self.stride),
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
@@ -83,13 +150,13 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        init = nn.initializers.zeros if self.zero_init else uniform_fan_in(x.shape[-1])
-        shape = (x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.with_partitioning(init, self.names), shape)
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        scale = 0.0 if self.zero_init else 1 / math.sqrt(x.shape[-1])
+        kernel = declare(self, "kernel", (x.shape[-1], self.features), self.names, scale=scale)
+        gathered = (None if name == "in_channels" else name for name in self.names)
+        y = x.astype(self.dtype) @ constrain(kernel.astype(self.dtype), *gathered)
         if not self.use_bias:
             return y
-        bias = self.param("bias", nn.with_partitioning(init, self.names[1:]), (self.features,))
+        bias = declare(self, "bias", (self.features,), self.names[1:], scale=scale)
         return y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -102,8 +169,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = x.shape[-1]
-        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, (None,)), (c,))
-        bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (None,)), (c,))
+        scale = declare(self, "scale", (c,), (None,), offset=1.0)
+        bias = declare(self, "bias", (c,), (None,))
         y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, c // self.groups)
         mean = y.mean((1, 3), keepdims=True)
         variance = jnp.square(y - mean).mean((1, 3), keepdims=True)
@@ -119,8 +186,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = x.shape[-1]
-        scale = self.param("scale", nn.with_partitioning(nn.initializers.ones, (None,)), (c,))
-        bias = self.param("bias", nn.with_partitioning(nn.initializers.zeros, (None,)), (c,))
+        scale = declare(self, "scale", (c,), (None,), offset=1.0)
+        bias = declare(self, "bias", (c,), (None,))
         y = x.astype(jnp.float32)
         mean = y.mean(-1, keepdims=True)
         variance = jnp.square(y - mean).mean(-1, keepdims=True)
@@ -133,12 +200,6 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax attention, [B,T,N,K] x [B,T',N,K] -> [B,T,N,K]; scale 1/sqrt(K), softmax in f32."""
     q, k, v = (constrain(a, "batch", "tokens", "heads", None) for a in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v)
-
-
-def parameter_axes(boxed: Any) -> Any:
-    """Tuples of logical axis names, one per parameter, from a Linen tree of boxed shapes."""
-    is_box = lambda x: isinstance(x, nn.Partitioned)  # noqa: E731
-    return jax.tree.map(lambda box: tuple(box.names), boxed, is_leaf=is_box)
 
 
 def check_groups(widths: list[int], groups: int, what: str) -> None:

@@ -21,7 +21,9 @@ from ldm_jax.models.layers import (
     LayerNorm,
     attend,
     check_groups,
+    declarations,
     downsample,
+    draw_parameters,
     parameter_axes,
     resolve_dtype,
     upsample_nearest,
@@ -227,21 +229,21 @@ class _UNet(nn.Module):
         return x.astype(jnp.float32)
 
 
-def _boxed(config, key, context_dim):
+def _declared(config: Config, context_dim: int) -> Any:
     side = 2 ** (len(config.width_multipliers) - 1)
     z = jnp.zeros((1, side, side, config.in_channels))
     context = jnp.zeros((1, 1, context_dim)) if context_dim else None
-    return _UNet(config).init(key, z, jnp.zeros((1,)), context)["params"]
+    return declarations(_UNet(config), z, jnp.zeros((1,)), context)
 
 
 def init(config: Config, key: jax.Array, context_dim: int = 0) -> Any:
     """Parameters as nested dicts of f32 arrays; context_dim 0 is the unconditional model."""
-    return nn.meta.unbox(_boxed(config, key, context_dim))
+    return draw_parameters(_declared(config, context_dim), key)
 
 
 def axes(config: Config, context_dim: int = 0) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
-    return parameter_axes(jax.eval_shape(lambda: _boxed(config, jax.random.key(0), context_dim)))
+    return parameter_axes(_declared(config, context_dim))
 
 
 def apply(

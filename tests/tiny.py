@@ -1,0 +1,63 @@
+"""The smallest first stage and denoiser that have every kind of block, and how to run them."""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from ldm_jax.data.images import Config as ImagesConfig
+from ldm_jax.jobs import cache_latents, train_autoencoder
+from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
+from ldm_jax.models import autoencoder, conditioners, denoiser, unet
+from ldm_jax.train import ema, optim
+
+AUTOENCODER = AutoencoderRun(
+    batch_size=16,
+    num_steps=6,
+    log_every=1,
+    checkpoint_every=3,
+    images=ImagesConfig(source="digits", resolution=8, held_out_fraction=0.9),
+    model=autoencoder.Config(
+        resolution=8,
+        width=8,
+        width_multipliers=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(4,),
+        z_channels=2,
+        latent_channels=2,
+        norm_groups=4,
+    ),
+    optim=optim.Config(lr=1e-3, warmup_steps=2),
+    ema=ema.Config(decay=0.9),
+)
+
+DENOISER = DenoiserRun(
+    batch_size=16,
+    num_steps=6,
+    log_every=1,
+    checkpoint_every=3,
+    whitening="channel",
+    model=denoiser.Config(
+        backbone=unet.Config(
+            in_channels=2,
+            out_channels=2,
+            width=8,
+            width_multipliers=(1, 2),
+            num_res_blocks=1,
+            attention_factors=(2,),
+            num_heads=2,
+            norm_groups=4,
+        ),
+        conditioner=conditioners.Config(kind="class", num_classes=10, context_dim=8),
+    ),
+    optim=optim.Config(lr=1e-3, warmup_steps=2, clip_norm=1.0, weight_decay=0.01),
+    ema=ema.Config(decay=0.99),
+)
+
+
+@functools.cache
+def trained_autoencoder(root: Path) -> Path:
+    """The workdir of a first stage with its latents cached, made once for each `root`."""
+    workdir = Path(root) / "autoencoder"
+    train_autoencoder.run(dataclasses.replace(AUTOENCODER, num_steps=3), workdir)
+    cache_latents.run(workdir, cache_latents.Settings(batch_size=64, pack=8, shard_examples=64))
+    return workdir

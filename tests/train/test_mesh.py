@@ -1,0 +1,174 @@
+"""One program on any mesh: the same data, the same draws, the same losses, states that are sharded."""
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from ldm_jax.data import latent_cache, stream
+from ldm_jax.jobs import train_autoencoder, train_denoiser
+from ldm_jax.models import denoiser
+from ldm_jax.sharding import MeshConfig, host_array, make_mesh, process_slice, put_batch, use_mesh
+from ldm_jax.train import steps
+from ldm_jax.train.log import read_metrics
+from tests import tiny
+
+MESHES = {
+    "1 device": (MeshConfig(1, 1, 1), 1),
+    "8 data": (MeshConfig(8, 1, 1), 8),
+    "2x4 data, fsdp": (MeshConfig(2, 4, 1), 8),
+    "2x2x2 data, fsdp, tensor": (MeshConfig(2, 2, 2), 8),
+}
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def run(stage, mesh, workdir, first_stage, num_steps=10):
+    config, count = MESHES[mesh]
+    devices = jax.devices()[:count]
+    if stage == "autoencoder":
+        settings = dataclasses.replace(tiny.AUTOENCODER, mesh=config, num_steps=num_steps)
+        return train_autoencoder.run(settings, workdir, devices)
+    settings = dataclasses.replace(
+        tiny.DENOISER, mesh=config, num_steps=num_steps, autoencoder=str(first_stage)
+    )
+    return train_denoiser.run(settings, workdir, devices)
+
+
+def losses(workdir):
+    return [line["loss"] for line in read_metrics(workdir)]
+
+
+@pytest.fixture(scope="module", params=["autoencoder", "denoiser"])
+def runs(request, tmp_path_factory, first_stage):
+    """Ten steps of a stage on every mesh: name -> (final state, workdir)."""
+    root = tmp_path_factory.mktemp(request.param)
+    done = {}
+    for name in MESHES:
+        workdir = root / name.replace(" ", "_")
+        done[name] = (run(request.param, name, workdir, first_stage), workdir)
+    return request.param, done
+
+
+def test_first_ten_losses_are_equal_on_every_mesh(runs):
+    _, done = runs
+    reference = losses(done["1 device"][1])
+    assert len(reference) == 10
+    assert len(set(reference)) == 10
+    for name in MESHES:
+        np.testing.assert_allclose(losses(done[name][1]), reference, rtol=1e-5, err_msg=name)
+
+
+def test_state_is_really_sharded_over_fsdp(runs):
+    _, done = runs
+    state = done["2x4 data, fsdp"][0]
+
+    def bytes_on_first_device(tree):
+        leaves = jax.tree.leaves(tree)
+        device = jax.devices()[0]
+        held = sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == device)
+        return held, sum(x.nbytes for x in leaves)
+
+    for part in (state.params, state.ema, state.opt_state):
+        held, whole = bytes_on_first_device(part)
+        # A quarter, and what is too small to divide.
+        assert held < 0.35 * whole
+
+
+def test_a_checkpoint_of_one_mesh_continues_on_any_other(runs, first_stage, tmp_path):
+    stage, done = runs
+    target = run(stage, "1 device", tmp_path / "unbroken", first_stage, num_steps=12)
+    for old, new in (("2x2x2 data, fsdp, tensor", "1 device"), ("8 data", "2x4 data, fsdp")):
+        state = run(stage, new, done[old][1], first_stage, num_steps=12)
+        assert int(state.step) == 12
+        assert len(losses(done[old][1])) == 12
+        for got, want in zip(jax.tree.leaves(state.ema), jax.tree.leaves(target.ema), strict=True):
+            np.testing.assert_allclose(host_array(got), host_array(want), atol=1e-5)
+
+
+def batches_and_draws(mesh, first_stage, num_steps=3):
+    """Host copies of the first batches and of every draw of their steps, as the mesh sees them."""
+    cache = latent_cache.open_cache(first_stage / "latents" / "train")
+    index, count = process_slice(16, mesh)
+    read = lambda indices, positions: cache.read(indices, positions, flip=True, seed=3)  # noqa: E731
+    out = []
+    source = stream.batches(read, cache.order(3), 16, shard_index=index, shard_count=count)
+    for step, local in zip(range(num_steps), source, strict=False):
+        batch = put_batch({k: local[k] for k in ("moments", "label")}, mesh, 16)
+
+        def draw(batch, step):
+            with use_mesh(mesh):
+                draws = steps.denoiser_draws(3, step, batch["moments"], 1000)
+                drop = draws["uniform"] < 0.5
+                cond = {"label": batch["label"]}
+                return draws, denoiser.drop_condition(tiny.DENOISER.model, cond, drop)
+
+        draws, cond = jax.jit(draw)(batch, step)
+        out.append(jax.tree.map(host_array, {"batch": batch, "draws": draws, "cond": cond}))
+    source.close()
+    return out
+
+
+def test_batches_and_draws_are_bit_equal_on_every_mesh(first_stage):
+    reference = None
+    for config, count in MESHES.values():
+        got = batches_and_draws(make_mesh(config, jax.devices()[:count]), first_stage)
+        reference = reference or got
+        jax.tree.map(np.testing.assert_array_equal, got, reference)
+    first, second = reference[:2]
+    assert not np.array_equal(first["draws"]["noise"], second["draws"]["noise"])
+    assert not np.array_equal(first["draws"]["noise"][0], first["draws"]["noise"][1])
+    assert len(np.unique(first["draws"]["t"])) > 8
+
+
+def test_two_processes_equal_one(first_stage, tmp_path):
+    """2 processes of 4 devices, joined by jax.distributed: batches, draws, losses, checkpoint."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    arguments = [str(WORKER), str(first_stage), str(tmp_path), f"localhost:{port}"]
+    processes = [
+        subprocess.Popen(
+            ["timeout", "-s", "KILL", "240", sys.executable, *arguments, str(i)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [p.communicate()[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+
+    mesh = make_mesh(MeshConfig(8, 1, 1))
+    want = batches_and_draws(mesh, first_stage)
+    with np.load(tmp_path / "draws.npz") as got:
+        leaves = jax.tree.leaves(want)
+        assert len(got.files) == len(leaves)
+        for name, leaf in zip(got.files, leaves, strict=True):
+            np.testing.assert_array_equal(got[name], leaf)
+
+    for stage in ("autoencoder", "denoiser"):
+        run(stage, "1 device", tmp_path / f"{stage}-alone", first_stage, num_steps=4)
+        np.testing.assert_allclose(
+            losses(tmp_path / stage), losses(tmp_path / f"{stage}-alone"), rtol=1e-5
+        )
+        # What two processes wrote goes on in one.
+        assert int(run(stage, "1 device", tmp_path / stage, first_stage, num_steps=5).step) == 5
+    manifests = [
+        json.loads((d / "train" / "manifest.json").read_text())
+        for d in (first_stage / "latents", tmp_path / "latents")
+    ]
+    assert manifests[0] == manifests[1]

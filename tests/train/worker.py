@@ -1,0 +1,39 @@
+"""One of two processes of `test_two_processes_equal_one`: train both stages, write what was drawn."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+
+
+def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
+    jax.distributed.initialize(coordinator, 2, index)
+    import numpy as np
+
+    from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
+    from ldm_jax.sharding import MeshConfig, make_mesh
+    from tests import tiny
+    from tests.train.test_mesh import batches_and_draws
+
+    assert jax.device_count() == 8
+    assert jax.local_device_count() == 4
+    drawn = jax.tree.leaves(batches_and_draws(make_mesh(MeshConfig(2, 4, 1)), first_stage))
+    if index == 0:
+        np.savez(out / "draws.npz", *drawn)
+    mesh = MeshConfig(2, 4, 1)
+    autoencoder = dataclasses.replace(tiny.AUTOENCODER, mesh=mesh, num_steps=4)
+    train_autoencoder.run(autoencoder, out / "autoencoder")
+    denoiser = dataclasses.replace(
+        tiny.DENOISER, mesh=mesh, num_steps=4, autoencoder=str(first_stage)
+    )
+    train_denoiser.run(denoiser, out / "denoiser")
+    settings = cache_latents.Settings(batch_size=64, pack=8, shard_examples=64)
+    cache_latents.run(first_stage, settings, out / "latents")
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
