@@ -60,9 +60,9 @@ def _published(multipliers, attention, channels, batch_size):
 def _digits():
     c = ml_collections.ConfigDict()
     c.batch_size = 32
-    c.num_steps = 360
+    c.num_steps = 260
     c.log_every = 20
-    c.checkpoint_every = 120
+    c.checkpoint_every = 130
     c.images = ml_collections.ConfigDict(
         {"source": "digits", "resolution": 32, "held_out_fraction": 1 / 6}
     )

@@ -21,7 +21,6 @@ AUTOENCODER = AutoencoderRun(
         width=8,
         width_multipliers=(1, 2),
         num_res_blocks=1,
-        attention_resolutions=(4,),
         z_channels=2,
         latent_channels=2,
         norm_groups=4,

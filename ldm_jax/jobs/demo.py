@@ -22,7 +22,7 @@ from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.log import read_metrics
 
-GUIDANCE = 1.5
+GUIDANCE = 2.0
 STEPS = 25
 NUM_SAMPLES = 1000
 

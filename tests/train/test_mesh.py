@@ -134,7 +134,7 @@ def test_two_processes_equal_one(first_stage, tmp_path):
         port = s.getsockname()[1]
     environment = {
         **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 "
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4 "
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
         "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     }
