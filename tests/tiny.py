@@ -60,3 +60,18 @@ def trained_autoencoder(root: Path) -> Path:
     train_autoencoder.run(dataclasses.replace(AUTOENCODER, num_steps=3), workdir)
     cache_latents.run(workdir, cache_latents.Settings(batch_size=64, pack=8, shard_examples=64))
     return workdir
+
+
+def overrides(run: AutoencoderRun | DenoiserRun) -> list[str]:
+    """Command-line arguments that turn any configuration into `run`."""
+
+    def walk(value, path):
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                yield from walk(getattr(value, field.name), f"{path}.{field.name}")
+        elif isinstance(value, tuple) and len(value) == 1:
+            yield f"--{path}=({value[0]},)"
+        elif value != "":
+            yield f"--{path}={value}"
+
+    return list(walk(run, "config"))

@@ -73,6 +73,7 @@ def folder(root: str, split: str, held_out_fraction: float) -> Source:
         class_names=names,
         has_captions=any(e.caption for e in entries),
         identity=digest(["folder", names, [list(e) for e in entries]]),
+        listing=digest(["folder", names, [[e.path, e.class_name, e.caption] for e in entries]]),
         load=load,
     )
 

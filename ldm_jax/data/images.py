@@ -103,6 +103,10 @@ class Images:
             batch["caption"] = np.array([e[2] for e in examples], np.str_)
         return batch
 
+    def listing(self) -> str:
+        """sha256 hex of which examples there are, in their order; a mended file leaves it as it is."""
+        return digest([self.source.listing or self.source.identity, self.source.num_examples])
+
     def fingerprint(self) -> str:
         """sha256 hex of what the split holds (names and sizes of files) and of the recipe."""
         return digest([self.source.identity, self.source.num_examples, self.recipe])

@@ -27,6 +27,7 @@ class Source:
     has_captions: bool
     identity: str  # sha256 hex of what the split holds
     load: Callable[[np.ndarray], list[Example]]  # indices int64 [b]; InputError for a broken image
+    listing: str = ""  # sha256 hex of names and labels without contents, where that is less
 
 
 def digest(value: Any) -> str:

@@ -23,7 +23,7 @@ def run(config: AutoencoderRun, workdir: Path, devices: Sequence[jax.Device] | N
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.batch_size, mesh)
     source = images.open_images(config.images, "train", augment=True, seed=config.seed)
-    data = {"fingerprint": source.fingerprint(), "num_examples": len(source)}
+    data = {"listing": source.listing(), "num_examples": len(source)}
     open_run(workdir, "train-autoencoder", config, mesh, data)
 
     optimizer = optim.make_optimizer(config.optim, config.num_steps)
