@@ -26,7 +26,9 @@ def get_config(variant: str = "imagenet-ldm4") -> ml_collections.ConfigDict:
     return _digits() if variant == "digits" else _published(*PUBLISHED[variant])
 
 
-def _published(width, multipliers, num_heads, head_channels, num_classes, batch_size, lr, num_steps):
+def _published(
+    width, multipliers, num_heads, head_channels, num_classes, batch_size, lr, num_steps
+):
     c = ml_collections.ConfigDict()
     c.batch_size = batch_size
     c.num_steps = num_steps
@@ -84,7 +86,13 @@ def _digits():
     )
     c.loss = ml_collections.ConfigDict({"label_dropout": 0.1})
     c.optim = ml_collections.ConfigDict(
-        {"lr": 1e-3, "warmup_steps": 50, "schedule": "cosine", "clip_norm": 1.0, "weight_decay": 0.01}
+        {
+            "lr": 1e-3,
+            "warmup_steps": 50,
+            "schedule": "cosine",
+            "clip_norm": 1.0,
+            "weight_decay": 0.01,
+        }
     )
     c.ema = ml_collections.ConfigDict({"decay": 0.995})
     return c

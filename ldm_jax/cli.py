@@ -71,7 +71,9 @@ def _run_config(cls, job, arguments, overrides):
         return settings.load_run(cls, arguments.config, overrides)
     record = read_run(arguments.workdir)
     if record["job"] != job:
-        raise InputError(f"workdir {arguments.workdir} belongs to `ldm {record['job']}`, not `ldm {job}`")
+        raise InputError(
+            f"workdir {arguments.workdir} belongs to `ldm {record['job']}`, not `ldm {job}`"
+        )
     return settings.apply_overrides(cls, record["config"], overrides)
 
 
@@ -143,10 +145,14 @@ VERBS = {
 
 def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(
-        prog="ldm", description="Latent diffusion models in JAX, from raw images to samples and metrics."
+        prog="ldm",
+        description="Latent diffusion models in JAX, from raw images to samples and metrics.",
     )
     commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    verbs = {name: commands.add_parser(name, help=text, description=text) for name, (text, _) in VERBS.items()}
+    verbs = {
+        name: commands.add_parser(name, help=text, description=text)
+        for name, (text, _) in VERBS.items()
+    }
     for name, verb in verbs.items():
         _add_common(verb, workdir_default="runs/demo" if name == "demo" else None)
     for name in ("train-autoencoder", "train-denoiser"):
@@ -158,7 +164,10 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     cache = verbs["cache-latents"]
     cache.add_argument("--out", type=Path, help="folder of the cache (default: WORKDIR/latents)")
     cache.add_argument(
-        "--mirrored", action=argparse.BooleanOptionalAction, default=True, help="mirrored images too"
+        "--mirrored",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="mirrored images too",
     )
     cache.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     cache.add_argument("--batch-size", type=int, default=0, help="images per step of one process")
@@ -192,9 +201,15 @@ def _add_sampling(verb: argparse.ArgumentParser, num: int) -> None:
     verb.add_argument("--num", type=int, default=num, help="images to draw")
     verb.add_argument("--steps", type=int, default=50, help="denoising steps")
     verb.add_argument("--sampler", default="ddim", help="ddim or ddpm")
-    verb.add_argument("--eta", type=float, default=-1.0, help="sampler's noise, 0..1 (default: its own)")
-    verb.add_argument("--guidance", type=float, default=1.0, help="1 = conditional model only, >1 extrapolates")
-    verb.add_argument("--classes", default="", metavar="I,J,...", help="classes in turn (default: all)")
+    verb.add_argument(
+        "--eta", type=float, default=-1.0, help="sampler's noise, 0..1 (default: its own)"
+    )
+    verb.add_argument(
+        "--guidance", type=float, default=1.0, help="1 = conditional model only, >1 extrapolates"
+    )
+    verb.add_argument(
+        "--classes", default="", metavar="I,J,...", help="classes in turn (default: all)"
+    )
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--noise", default="", metavar="FILE.npy", help="initial noise f32 [N,H,W,C]")
     verb.add_argument("--batch-size", type=int, default=0, help="images at a time over all devices")

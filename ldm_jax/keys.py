@@ -8,7 +8,9 @@ import jax.numpy as jnp
 
 def key_for(seed: int, purpose: str, step: int | jax.Array = 0) -> jax.Array:
     """The key for one purpose at one step; `step` may be traced."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), crc32(purpose.encode())), step)
+    return jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(seed), crc32(purpose.encode())), step
+    )
 
 
 def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:

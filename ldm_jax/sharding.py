@@ -57,7 +57,9 @@ class Rules:
 RULES = Rules()
 
 
-def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """The mesh over `devices` (all of them when None); raises InputError when sizes do not fit."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -104,7 +106,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*[a or None for a in axes])))
 
 
-def spec_for(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES) -> P:
+def spec_for(
+    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES
+) -> P:
     """The partition of one parameter, from its logical axis names.
 
     A mesh axis is used only where it divides the dimension. Where the name that should carry `fsdp`
@@ -130,7 +134,9 @@ def spec_for(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rule
 def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """A NamedSharding per parameter; `axes` holds a tuple of logical names for each leaf of `shapes`."""
     return jax.tree.map(
-        lambda leaf, names: NamedSharding(mesh, spec_for(names, leaf.shape, mesh, rules)), shapes, axes
+        lambda leaf, names: NamedSharding(mesh, spec_for(names, leaf.shape, mesh, rules)),
+        shapes,
+        axes,
     )
 
 
@@ -174,7 +180,9 @@ def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
     return NamedSharding(mesh, P(rules.batch))
 
 
-def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size", rules: Rules = RULES) -> None:
+def check_batch(
+    batch_size: int, mesh: Mesh, name: str = "batch_size", rules: Rules = RULES
+) -> None:
     """Raises InputError unless the global batch divides over the mesh."""
     ways = math.prod(mesh.shape[a] for a in rules.batch)
     if batch_size < 1 or batch_size % ways:

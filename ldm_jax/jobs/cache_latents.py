@@ -36,7 +36,9 @@ def run(workdir: Path, settings: Settings, out: Path | None = None) -> dict[str,
     """
     out = Path(out) if out else Path(workdir) / "latents"
     mesh = make_mesh(MeshConfig(), jax.local_devices())
-    settings = dataclasses.replace(settings, batch_size=settings.batch_size or 32 * mesh.devices.size)
+    settings = dataclasses.replace(
+        settings, batch_size=settings.batch_size or 32 * mesh.devices.size
+    )
     check_batch(settings.batch_size, mesh, "--batch-size")
     first_stage = load_first_stage(workdir, mesh)
     sources = {
@@ -95,7 +97,12 @@ def compile_encoder(first_stage: FirstStage, mesh: Mesh, mirrored: bool):
 
 
 def _encoded(
-    encode, first_stage: FirstStage, source: images.Images, shard: Shard, settings: Settings, mesh: Mesh
+    encode,
+    first_stage: FirstStage,
+    source: images.Images,
+    shard: Shard,
+    settings: Settings,
+    mesh: Mesh,
 ) -> Iterator[dict[str, np.ndarray]]:
     bar = tqdm(
         desc=shard.name,

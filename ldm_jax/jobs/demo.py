@@ -119,8 +119,15 @@ def _table(rebuilt: dict[str, float], figures: dict[str, float]) -> list[tuple[s
             " %",
             "aim: at least 95 %",
         ),
-        row("Fréchet distance, samples to real", figures["frechet_samples"], "", f"aim: below {limit:.3f}"),
-        row("Fréchet distance, halves of the real digits", halves, "", "yardstick: 3 times this ..."),
+        row(
+            "Fréchet distance, samples to real",
+            figures["frechet_samples"],
+            "",
+            f"aim: below {limit:.3f}",
+        ),
+        row(
+            "Fréchet distance, halves of the real digits", halves, "", "yardstick: 3 times this ..."
+        ),
         row("Fréchet distance, reconstructions to real", alone, "", "... plus this"),
     ]
 
@@ -141,6 +148,12 @@ def _grids(autoencoder_dir: Path, denoiser_dir: Path) -> list[tuple[str, np.ndar
     path = sample.run(denoiser_dir, sample_settings)
     samples = np.load(path)["arr_0"]
     return [
-        ("Held-out digits (top) and their reconstructions", grid(np.concatenate([originals, rebuilt]), 20)),
-        (f"Samples, one class a column; guidance {GUIDANCE}, {STEPS} DDIM steps", grid(samples, 10)),
+        (
+            "Held-out digits (top) and their reconstructions",
+            grid(np.concatenate([originals, rebuilt]), 20),
+        ),
+        (
+            f"Samples, one class a column; guidance {GUIDANCE}, {STEPS} DDIM steps",
+            grid(samples, 10),
+        ),
     ]

@@ -49,7 +49,9 @@ def all_images(source: images.Images) -> tuple[np.ndarray, np.ndarray]:
     return batch["image"], batch["label"]
 
 
-def reconstruct(first_stage: FirstStage, pictures: np.ndarray, mesh, batch_size: int = 100) -> np.ndarray:
+def reconstruct(
+    first_stage: FirstStage, pictures: np.ndarray, mesh, batch_size: int = 100
+) -> np.ndarray:
     """uint8 [N,H,W,3] through encoder, posterior mean and decoder, rounded and clipped."""
 
     def forward(params, image):

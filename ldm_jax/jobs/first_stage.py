@@ -40,7 +40,9 @@ def load_first_stage(workdir: str | Path, mesh: Mesh) -> FirstStage:
     shapes = jax.eval_shape(lambda: autoencoder.init(run.model, jax.random.key(0)))
     shardings = param_shardings(autoencoder.axes(run.model), shapes, mesh)
     like = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
     weights = load_weights(Path(workdir), like)
     return FirstStage(run, weights.params, weights.step, tree_hash(weights.params["encoder"]))

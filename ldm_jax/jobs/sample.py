@@ -80,13 +80,17 @@ def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = Mesh
     shapes = jax.eval_shape(lambda: denoiser.init(run.model, jax.random.key(0)))
     shardings = param_shardings(denoiser.axes(run.model), shapes, mesh)
     like = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes, shardings
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
     step = None if settings.step < 0 else settings.step
     weights = load_weights(workdir, like, which=settings.weights, step=step)
     whitening = latents.Whitening(*(tuple(data["whitening"][k]) for k in ("shift", "scale")))
     shape = tuple(data["latent_shape"])
-    return Model(run, weights.params, weights.step, weights.which, first_stage, whitening, shape, mesh)
+    return Model(
+        run, weights.params, weights.step, weights.which, first_stage, whitening, shape, mesh
+    )
 
 
 def check(settings: Settings, model: Model) -> Settings:
@@ -114,7 +118,9 @@ def check(settings: Settings, model: Model) -> Settings:
             )
     eta = settings.eta if settings.eta >= 0 else {"ddpm": 1.0}.get(settings.sampler, 0.0)
     if settings.guidance < 0:
-        raise InputError(f"guidance {settings.guidance} must not be negative; 1 = conditional model")
+        raise InputError(
+            f"guidance {settings.guidance} must not be negative; 1 = conditional model"
+        )
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch = settings.batch_size or -(-min(settings.num, 100) // ways) * ways
     check_batch(batch, model.mesh)
@@ -203,7 +209,9 @@ def run(workdir: Path, settings: Settings, out: Path | None = None) -> Path:
     if jax.process_index() == 0:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_npz(images, labels, out.parent / f"{out.name}.npz")
-        save_grid(images[:400], out.parent / f"{out.name}.png", columns=grid_columns(settings, labels))
+        save_grid(
+            images[:400], out.parent / f"{out.name}.png", columns=grid_columns(settings, labels)
+        )
     return out.parent / f"{out.name}.npz"
 
 

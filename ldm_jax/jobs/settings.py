@@ -48,6 +48,7 @@ class AutoencoderRun:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
+        loop_config(self)
         if self.images.resolution != self.model.resolution:
             raise InputError(
                 f"images.resolution {self.images.resolution} must equal model.resolution "
@@ -78,11 +79,15 @@ class DenoiserRun:
     ema: EmaConfig = EmaConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self):
+        loop_config(self)
+
 
 Run = AutoencoderRun | DenoiserRun
 
 
 def loop_config(run: Run) -> LoopConfig:
+    """The loop's part of a run; raises InputError for a length or a pace below 1."""
     return LoopConfig(**{f.name: getattr(run, f.name) for f in dataclasses.fields(LoopConfig)})
 
 
@@ -165,7 +170,9 @@ def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]
     except (flags.Error, AttributeError, TypeError, ValueError) as error:
         raise InputError(_override_error(cls, overrides, error)) from error
     if len(rest) > 1:
-        raise InputError(f"argument {rest[1]!r} is not understood; overrides are --config.field=value")
+        raise InputError(
+            f"argument {rest[1]!r} is not understood; overrides are --config.field=value"
+        )
     return build(cls, holder.config.to_dict())
 
 
@@ -175,7 +182,11 @@ def _override_error(cls: type, overrides: list[str], error: Exception) -> str:
         name = argument.removeprefix("--").removeprefix("no").split("=")[0].removeprefix("config.")
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-            hint = f"did you mean --config.{close[0]}?" if close else "see the config file for its fields"
+            hint = (
+                f"did you mean --config.{close[0]}?"
+                if close
+                else "see the config file for its fields"
+            )
             return f"config.{name} is not a field; {hint}"
     return str(error).splitlines()[0]
 

@@ -1,30 +1,30 @@
 """`ldm train-denoiser`: cached latents to a denoiser."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from clu import parameter_overview
 
-from ldm_jax.data import latent_cache, stream
+from ldm_jax.data import latent_cache
+from ldm_jax.data.latent_manifest import Manifest
 from ldm_jax.diffusion import process
 from ldm_jax.errors import InputError
 from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.jobs.settings import DenoiserRun, loop_config
-from ldm_jax.keys import key_for
+from ldm_jax.jobs.settings import DenoiserRun
+from ldm_jax.jobs.training import fit
 from ldm_jax.models import denoiser, latents
-from ldm_jax.sharding import check_batch, make_mesh, process_slice
-from ldm_jax.train import loop, optim, steps
+from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train.run_dir import open_run
-from ldm_jax.train.state import TrainState, init_state
+from ldm_jax.train.state import TrainState
+from ldm_jax.train.steps import denoiser_loss
 
 
-def run(config: DenoiserRun, workdir: Path, devices: Sequence[jax.Device] | None = None) -> TrainState:
-    """Trains, or goes on, in `workdir`, on `devices` (None: all); refusals come before any writing."""
-    loop_settings = loop_config(config)
+def run(
+    config: DenoiserRun, workdir: Path, devices: Sequence[jax.Device] | None = None
+) -> TrainState:
+    """Trains, or goes on, in `workdir`, on `devices` (None: all); refusals precede any writing."""
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.batch_size, mesh)
     config = resolve_paths(config)
@@ -47,56 +47,27 @@ def run(config: DenoiserRun, workdir: Path, devices: Sequence[jax.Device] | None
         "encoder_hash": manifest.encoder_hash,
         "num_examples": manifest.num_examples,
         "latent_shape": list(manifest.latent_shape),
-        "whitening": dataclasses.asdict(whitening),
+        "whitening": {"shift": list(whitening.shift), "scale": list(whitening.scale)},
     }
-    data["whitening"] = {k: list(v) for k, v in data["whitening"].items()}
     open_run(workdir, "train-denoiser", config, mesh, data)
 
-    optimizer = optim.make_optimizer(config.optim, config.num_steps)
-    state, shardings = init_state(
-        lambda: denoiser.init(config.model, key_for(config.seed, "init")),
-        denoiser.axes(config.model),
-        optimizer,
-        mesh,
-        with_ema=config.ema.decay > 0,
-    )
-    if jax.process_index() == 0:
-        print(parameter_overview.get_parameter_overview(state.params, include_stats=False), file=sys.stderr)
-    loss = steps.denoiser_loss(
-        config.model, config.loss, process.make_schedule(config.schedule), whitening, config.seed
-    )
-    step = steps.make_step(
-        loss,
-        optimizer,
-        optim.learning_rate(config.optim, config.num_steps),
-        config.ema,
-        mesh,
-        shardings,
-    )
-    index, count = process_slice(config.batch_size, mesh)
+    schedule = process.make_schedule(config.schedule)
     needed = {"moments", *denoiser.condition_names(config.model)}
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         batch = cache.read(indices, positions, flip=config.flip, seed=config.seed)
         return {name: batch[name] for name in needed}
 
-    return loop.train(
-        loop_settings,
-        workdir=workdir,
-        name="train-denoiser",
-        state=state,
-        step=step,
-        batches=lambda start: stream.batches(
-            read,
-            cache.order(config.seed),
-            config.batch_size,
-            start_step=start,
-            shard_index=index,
-            shard_count=count,
-            num_threads=config.data_threads,
-        ),
-        batch_size=config.batch_size,
-        mesh=mesh,
+    return fit(
+        "train-denoiser",
+        config,
+        workdir,
+        mesh,
+        init=lambda key: denoiser.init(config.model, key),
+        axes=denoiser.axes(config.model),
+        loss=denoiser_loss(config.model, config.loss, schedule, whitening, config.seed),
+        read=read,
+        order=cache.order(config.seed),
     )
 
 
@@ -110,7 +81,7 @@ def resolve_paths(config: DenoiserRun) -> DenoiserRun:
     return dataclasses.replace(config, autoencoder=autoencoder, latents=cache)
 
 
-def check_model(config: DenoiserRun, manifest: latent_cache.Manifest) -> None:
+def check_model(config: DenoiserRun, manifest: Manifest) -> None:
     """Raises InputError unless the denoiser's sizes are those of the latents and their labels."""
     channels = manifest.latent_shape[-1]
     backbone, conditioner = config.model.backbone, config.model.conditioner

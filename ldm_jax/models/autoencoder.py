@@ -44,7 +44,9 @@ class Config:
     compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on the CPU
 
     def __post_init__(self):
-        check_groups([self.width * m for m in self.width_multipliers], self.norm_groups, "autoencoder")
+        check_groups(
+            [self.width * m for m in self.width_multipliers], self.norm_groups, "autoencoder"
+        )
         if self.resolution % self.factor:
             raise InputError(
                 f"autoencoder resolution {self.resolution} must divide by its downsampling factor "

@@ -23,7 +23,9 @@ class Config:
         if self.kind not in KINDS:
             raise InputError(f"conditioner {self.kind!r} is unknown; choose one of {list(KINDS)}")
         if self.kind == "class" and self.num_classes < 1:
-            raise InputError(f"num_classes {self.num_classes} must be positive for the class conditioner")
+            raise InputError(
+                f"num_classes {self.num_classes} must be positive for the class conditioner"
+            )
 
 
 def init(config: Config, key: jax.Array) -> Any:

@@ -54,7 +54,9 @@ def _last_axis(values, z):
     return jnp.asarray(values, jnp.float32).reshape((1,) * (z.ndim - 1) + (-1,))
 
 
-def whitening(kind: str, mean: tuple[float, ...], std: tuple[float, ...], global_std: float) -> Whitening:
+def whitening(
+    kind: str, mean: tuple[float, ...], std: tuple[float, ...], global_std: float
+) -> Whitening:
     """The whitening that a config names, from the statistics of a latent cache.
 
     `global`: divide by one number, as LDM does (scale_factor 1/std); `channel`: subtract the mean

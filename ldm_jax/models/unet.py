@@ -57,7 +57,9 @@ class Config:
                 f"unet num_heads {self.num_heads} and head_channels {self.head_channels}: exactly "
                 "one must be positive, the other 0"
             )
-        attending = {w for i, w in enumerate(widths) if 2**i in self.attention_factors} | {widths[-1]}
+        attending = {w for i, w in enumerate(widths) if 2**i in self.attention_factors} | {
+            widths[-1]
+        }
         bad = sorted(w for w in attending if w % (self.num_heads or self.head_channels))
         if bad:
             raise InputError(
@@ -95,7 +97,9 @@ class _ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x, embedding):
         c, dtype = self.config, self.config.dtype
-        resample = {"none": lambda y: y, "down": _average_pool, "up": upsample_nearest}[self.resample]
+        resample = {"none": lambda y: y, "down": _average_pool, "up": upsample_nearest}[
+            self.resample
+        ]
         h = resample(nn.swish(GroupNorm(c.norm_groups, 1e-5, name="norm1")(x)))
         x = resample(x)
         h = Conv(self.features, dtype=dtype, name="conv1")(h)

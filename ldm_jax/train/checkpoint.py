@@ -90,7 +90,9 @@ class Checkpoints:
             )
         for name, tree in trees.items():
             self._check_tree(where, name, step, tree)
-        args: dict[str, Any] = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        args: dict[str, Any] = {
+            name: ocp.args.StandardRestore(tree) for name, tree in trees.items()
+        }
         if with_meta:
             args["meta"] = ocp.args.JsonRestore()
         return self._manager.restore(step, args=ocp.args.Composite(**args))
@@ -153,7 +155,9 @@ class Weights:
     which: str  # "ema" | "params"
 
 
-def load_weights(workdir: Path, like: Any, *, which: str = "auto", step: int | None = None) -> Weights:
+def load_weights(
+    workdir: Path, like: Any, *, which: str = "auto", step: int | None = None
+) -> Weights:
     """Parameters of a finished or running training, for sampling, caching and evaluation.
 
     `like` gives shapes and shardings; `which` is "ema", "params" or "auto" (the average when the

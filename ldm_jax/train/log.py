@@ -62,7 +62,9 @@ class TensorBoardWriter:
         self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), **content))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-        values = [summary_pb2.Summary.Value(tag=k, simple_value=float(v)) for k, v in scalars.items()]
+        values = [
+            summary_pb2.Summary.Value(tag=k, simple_value=float(v)) for k, v in scalars.items()
+        ]
         self._add(step, summary=summary_pb2.Summary(value=values))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:

@@ -113,7 +113,9 @@ def train(
         with _StopRequest() as stop:
             for n in range(start, config.num_steps):
                 try:
-                    batch = put_batch(next(stream), mesh, batch_size)
+                    host = next(stream)
+                    batch = {name: rows for name, rows in host.items() if name != "index"}
+                    batch = put_batch(batch, mesh, batch_size)
                 except Exception:
                     # Alone we can save what is done; with peers, they would wait for us in vain.
                     if late is not None and jax.process_count() == 1:

@@ -14,7 +14,9 @@ class Config:
     """AdamW. The learning rate is what is used: nothing multiplies it by batch or device counts."""
 
     lr: float = 1e-4
-    schedule: str = "constant"  # after warm-up; "cosine" falls to final_lr_fraction at the last step
+    schedule: str = (
+        "constant"  # after warm-up; "cosine" falls to final_lr_fraction at the last step
+    )
     final_lr_fraction: float = 0.0
     warmup_steps: int = 0  # linear from 0
     b1: float = 0.9
@@ -25,7 +27,9 @@ class Config:
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
-            raise InputError(f"optim schedule {self.schedule!r} is unknown; choose one of {SCHEDULES}")
+            raise InputError(
+                f"optim schedule {self.schedule!r} is unknown; choose one of {SCHEDULES}"
+            )
 
 
 def learning_rate(config: Config, num_steps: int) -> optax.Schedule:

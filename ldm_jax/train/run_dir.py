@@ -18,14 +18,25 @@ from ldm_jax.errors import InputError
 PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 # What a resumed run may change: how long, where and how often, never what is computed.
-FREE_FIELDS = ("num_steps", "mesh", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every")
+FREE_FIELDS = (
+    "num_steps",
+    "mesh",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "keep_every",
+)
 
 
 def git_state(folder: Path) -> dict[str, Any]:
     """Commit and dirty flag of the checkout that holds the code; empty outside of one."""
     try:
         git = lambda *args: subprocess.run(  # noqa: E731
-            ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(folder), *args],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
         ).stdout.strip()
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
@@ -84,7 +95,10 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
         previous = read_run(workdir)
         check_same(workdir, previous, record)
         history = previous.pop("history", [])
-        record["history"] = [*history, {k: previous[k] for k in ("started", "command", "git", "mesh")}]
+        record["history"] = [
+            *history,
+            {k: previous[k] for k in ("started", "command", "git", "mesh")},
+        ]
     elif workdir.exists() and (workdir / "checkpoints").exists():
         raise InputError(
             f"workdir {workdir} holds checkpoints but no run.json; move them away or use a new workdir"

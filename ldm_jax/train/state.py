@@ -55,4 +55,6 @@ def init_state(
 
 def abstract_like(state: TrainState) -> TrainState:
     """Shapes, types and shardings of a state: what a checkpoint is restored into."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )

@@ -41,7 +41,9 @@ class DenoiserLoss:
 
     def __post_init__(self):
         if self.kind not in objective.LOSSES:
-            raise InputError(f"loss {self.kind!r} is unknown; choose one of {sorted(objective.LOSSES)}")
+            raise InputError(
+                f"loss {self.kind!r} is unknown; choose one of {sorted(objective.LOSSES)}"
+            )
         if not 0 <= self.label_dropout < 1:
             raise InputError(f"label_dropout {self.label_dropout} must be in [0, 1)")
 

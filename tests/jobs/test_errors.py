@@ -139,7 +139,12 @@ def test_a_cache_of_another_autoencoder_is_refused(capsys, tmp_path, first_stage
 
 def test_a_missing_cache_is_refused(capsys, tmp_path, first_stage):
     missing = f"--config.latents={tmp_path / 'none'}"
-    arguments = [*DENOISER, f"--config.autoencoder={first_stage}", missing, f"--workdir={tmp_path / 'w'}"]
+    arguments = [
+        *DENOISER,
+        f"--config.autoencoder={first_stage}",
+        missing,
+        f"--workdir={tmp_path / 'w'}",
+    ]
     assert "cache-latents" in refused(capsys, arguments)
 
 

@@ -72,7 +72,9 @@ def test_state_is_really_sharded_over_fsdp(runs):
     def bytes_on_first_device(tree):
         leaves = jax.tree.leaves(tree)
         device = jax.devices()[0]
-        held = sum(s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == device)
+        held = sum(
+            s.data.nbytes for x in leaves for s in x.addressable_shards if s.device == device
+        )
         return held, sum(x.nbytes for x in leaves)
 
     for part in (state.params, state.ema, state.opt_state):
