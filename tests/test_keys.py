@@ -1,4 +1,4 @@
-"""Every draw has a name: other purpose, step, seed or example, other numbers; the same, the same."""
+"""Every draw has a name: another purpose, step, seed or example draws other numbers."""
 
 import itertools
 import subprocess
@@ -32,10 +32,11 @@ def test_key_is_the_same_in_another_process():
     assert tuple(map(int, out.stdout.split())) == data(key_for(3, "noise", 5))
 
 
-def test_traced_step_gives_the_key_of_the_same_number():
-    traced = jax.jit(lambda step: key_for(3, "noise", step))
-    for step in (0, 1, 400_000):
-        assert data(traced(jnp.int32(step))) == data(key_for(3, "noise", step))
+def test_traced_seed_and_step_give_the_key_of_the_same_numbers():
+    traced = jax.jit(lambda seed, step: key_for(seed, "noise", step))
+    for seed, step in ((0, 0), (3, 1), (2**31 + 5, 400_000)):
+        got = traced(jnp.uint32(seed), jnp.int32(step))
+        assert data(got) == data(key_for(seed, "noise", step))
 
 
 def test_example_keys_depend_on_the_global_index_alone():

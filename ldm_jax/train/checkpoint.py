@@ -23,15 +23,23 @@ logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathnam
 class Checkpoints:
     """The checkpoints of one run directory."""
 
-    def __init__(self, workdir: Path, *, keep: int = 2, keep_every: int = 0):
-        """Keeps the newest `keep` and, when keep_every > 0, every multiple of it."""
+    def __init__(
+        self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False
+    ):
+        """Keeps the newest `keep` and, when keep_every > 0, every multiple of it.
+
+        read_only leaves the folder alone: the run that it belongs to may be writing in it.
+        """
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
         )
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -85,8 +93,8 @@ class Checkpoints:
         missing = sorted(set(trees) - self.items(step))
         if missing:
             raise InputError(
-                f"{where} lacks {missing}: it was written under another configuration; restore that "
-                "configuration or start in a new workdir"
+                f"{where} lacks {missing}: it was written under another configuration; restore "
+                "that configuration or start in a new workdir"
             )
         for name, tree in trees.items():
             self._check_tree(where, name, step, tree)
@@ -113,8 +121,8 @@ class Checkpoints:
         if lines:
             more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
             raise InputError(
-                f"{where}: {name} does not fit: {'; '.join(lines[:3])}{more}; use the configuration "
-                "it was written under or a new workdir"
+                f"{where}: {name} does not fit: {'; '.join(lines[:3])}{more}; use the "
+                "configuration it was written under or a new workdir"
             )
 
     def wait(self) -> None:
@@ -130,7 +138,7 @@ class Checkpoints:
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Path -> shape. Named tuples are stored by field or index, so only keys' texts are compared."""
+    """Path -> shape. Named tuples are stored by field or index: only keys' texts count."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
         "/".join(_text(k) for k in path): tuple(leaf.shape)
@@ -163,11 +171,14 @@ def load_weights(
     `like` gives shapes and shardings; `which` is "ema", "params" or "auto" (the average when the
     run keeps one).
     """
-    checkpoints = Checkpoints(workdir)
+    nothing = InputError(f"workdir {workdir} holds no checkpoint; train it first")
+    if not (Path(workdir) / "checkpoints").is_dir():
+        raise nothing
+    checkpoints = Checkpoints(workdir, read_only=True)
     try:
         step = checkpoints.latest() if step is None else step
         if step is None:
-            raise InputError(f"workdir {workdir} holds no checkpoint; train it first")
+            raise nothing
         if not (checkpoints.folder / str(step)).is_dir():
             raise InputError(f"workdir {workdir} holds no checkpoint of step {step}")
         if which == "auto":

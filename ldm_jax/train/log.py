@@ -54,9 +54,10 @@ class TensorBoardWriter:
 
     def __init__(self, workdir: Path, *, resume_step: int = 0):
         self._writer = EventFileWriter(str(workdir))
-        # Tells TensorBoard to forget what an interrupted run wrote after its last checkpoint.
+        # Tells TensorBoard to forget what an interrupted run wrote after its last checkpoint: it
+        # drops the events from this step on, this one included.
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(resume_step, session_log=start)
+        self._add(resume_step + 1, session_log=start)
 
     def _add(self, step: int, **content: Any) -> None:
         self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=int(step), **content))

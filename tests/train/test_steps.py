@@ -1,0 +1,270 @@
+"""Losses and steps against numpy, with a model small enough to do by hand in the place of ours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ldm_jax.diffusion.process import ScheduleConfig, make_schedule
+from ldm_jax.errors import InputError
+from ldm_jax.keys import normal_like
+from ldm_jax.models import autoencoder, latents
+from ldm_jax.sharding import MeshConfig, constrain, make_mesh, put_batch
+from ldm_jax.train import ema, optim, steps
+from ldm_jax.train.state import init_state
+from tests import tiny
+
+SCHEDULE = make_schedule(ScheduleConfig())
+MOMENTS = np.random.default_rng(0).normal(size=(4, 2, 2, 4)).astype(np.float32)
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """Encoder and decoder of one multiplication each; moments and images of any size."""
+    monkeypatch.setattr(autoencoder, "encode", lambda c, p, x: p * jnp.concatenate([x, -x], -1))
+    monkeypatch.setattr(autoencoder, "decode", lambda c, p, z: p * z)
+
+
+def test_autoencoder_loss_sums_over_pixels_and_latents_and_averages_over_images(by_hand):
+    """The published reductions: |error| and the KL summed per image, the mean over images."""
+    images = np.random.default_rng(1).integers(0, 256, (5, 4, 4, 3), np.uint8)
+    weight, step, seed, p = 0.25, 7, 3, np.float32(0.9)
+    loss = steps.autoencoder_loss(None, steps.AutoencoderLoss(weight), seed)
+    total, parts = loss(jnp.asarray(p), {"image": jnp.asarray(images)}, jnp.int32(step))
+
+    x = images / 127.5 - 1.0
+    mean, logvar = p * x, -p * x
+    noise = normal_like(steps.draw_keys(seed, "posterior", step, 5), jnp.zeros(x.shape))
+    error = p * (mean + np.exp(logvar / 2) * np.asarray(noise, np.float64)) - x
+    kl = [0.5 * (m**2 + np.exp(v) - 1 - v).sum() for m, v in zip(mean, logvar, strict=True)]
+    reconstruction = [np.abs(e).sum() for e in error]
+    np.testing.assert_allclose(parts["kl"], np.mean(kl), rtol=1e-5)
+    np.testing.assert_allclose(parts["l1"], np.abs(error).mean(), rtol=1e-5)
+    np.testing.assert_allclose(parts["mse"], np.square(error).mean(), rtol=1e-5)
+    np.testing.assert_allclose(total, np.mean(reconstruction) + weight * np.mean(kl), rtol=1e-5)
+
+
+def test_published_kl_weight_belongs_to_the_sums(by_hand):
+    assert steps.AutoencoderLoss().kl_weight == 1e-6
+    images = np.full((2, 4, 4, 3), 200, np.uint8)
+    value = lambda weight: steps.autoencoder_loss(None, steps.AutoencoderLoss(weight), 0)(  # noqa: E731
+        jnp.float32(1.0), {"image": jnp.asarray(images)}, 0
+    )
+    (with_kl, parts), (without, _) = value(1.0), value(0.0)
+    np.testing.assert_allclose(with_kl - without, parts["kl"], rtol=1e-4)
+
+
+def draws(step=0, seed=0, rows=slice(None), num_timesteps=1000):
+    return steps.denoiser_draws(seed, jnp.int32(step), jnp.asarray(MOMENTS[rows]), num_timesteps)
+
+
+def test_every_draw_has_a_key_of_its_own(monkeypatch):
+    """One key for the posterior draw and the noise would correlate them: z would tell the noise."""
+    asked = []
+    key_for = steps.key_for
+    monkeypatch.setattr(steps, "key_for", lambda *a: asked.append(a[1]) or key_for(*a))
+    d = draws()
+    assert len(asked) == 4 == len(set(asked))
+    mean, logvar = latents.split_moments(jnp.asarray(MOMENTS))
+    posterior = (d["z"] - mean) / jnp.exp(logvar / 2)
+    assert not np.isclose(posterior, d["noise"], atol=1e-3).any()
+
+
+def test_draws_of_a_row_depend_on_its_position_the_step_and_the_seed_alone():
+    whole, part = draws(), draws(rows=slice(0, 2))
+    for name, value in part.items():
+        np.testing.assert_allclose(value, whole[name][:2], atol=1e-6, err_msg=name)
+    for other in (draws(step=1), draws(seed=1)):
+        for name, value in other.items():
+            assert np.all(np.asarray(value) != np.asarray(whole[name])), name
+    for name in ("z", "noise", "uniform"):
+        assert len(np.unique(whole[name])) == np.size(whole[name]), name
+
+
+def test_draws_have_their_laws():
+    many = jnp.zeros((4000, 1, 1, 4)).at[..., :2].set(3.0)
+    d = jax.jit(lambda m: steps.denoiser_draws(0, 5, m, 10))(many)
+    np.testing.assert_allclose(d["z"].mean(), 3.0, atol=5 / 8000**0.5)
+    np.testing.assert_allclose(d["noise"].std(), 1.0, atol=5 / 16000**0.5)
+    counts = np.bincount(d["t"], minlength=10)
+    assert d["t"].dtype == jnp.int32 and len(counts) == 10
+    np.testing.assert_allclose(counts, 400, atol=5 * 360**0.5)
+    for share in (0.1, 0.5):
+        np.testing.assert_allclose(
+            (d["uniform"] < share).mean(), share, atol=5 * (share * (1 - share) / 4000) ** 0.5
+        )
+    assert abs(np.corrcoef(d["uniform"], d["t"])[0, 1]) < 5 / 4000**0.5
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Puts a model in the denoiser's place that answers 0.5 z_t and remembers what it was told."""
+    calls = []
+
+    def apply(config, params, z_t, t, cond):
+        calls.append((z_t, t, cond))
+        return params * z_t
+
+    monkeypatch.setattr(steps.denoiser, "apply", apply)
+    return calls
+
+
+def denoiser_loss(loss, step=0, seed=0, labels=(1, 2, 3, 4), moments=MOMENTS):
+    compute = steps.denoiser_loss(
+        tiny.DENOISER.model, loss, SCHEDULE, latents.Whitening((0.5, -1.0), (2.0, 3.0)), seed
+    )
+    batch = {"moments": jnp.asarray(moments), "label": jnp.asarray(labels, jnp.int32)}
+    return compute(jnp.float32(0.5), batch, jnp.int32(step))
+
+
+@pytest.mark.parametrize(("kind", "penalty"), [("l2", np.square), ("l1", np.abs)])
+def test_denoiser_loss_is_the_mean_error_of_the_noise_of_whitened_latents(seen, kind, penalty):
+    value, parts = denoiser_loss(steps.DenoiserLoss(kind, 0.0))
+    d = {k: np.asarray(v, np.float64) for k, v in draws().items()}
+    z0 = (d["z"] - [0.5, -1.0]) / [2.0, 3.0]
+    alpha_bar = SCHEDULE.alpha_bar[d["t"].astype(int)].reshape(4, 1, 1, 1)
+    z_t = np.sqrt(alpha_bar) * z0 + np.sqrt(1 - alpha_bar) * d["noise"]
+    np.testing.assert_allclose(value, penalty(0.5 * z_t - d["noise"]).mean(), rtol=1e-5)
+    assert parts == {}
+    (told_z, told_t, told_cond) = seen[0]
+    np.testing.assert_allclose(told_z, z_t, atol=1e-5)
+    np.testing.assert_array_equal(told_t, d["t"])
+    np.testing.assert_array_equal(told_cond["label"], [1, 2, 3, 4])
+
+
+def test_labels_are_dropped_with_the_configured_probability(seen):
+    count, null = 4000, 10
+    moments = np.zeros((count, 1, 1, 4), np.float32)
+    labels = np.arange(count) % 10
+    for share in (0.0, 0.1, 0.7):
+        denoiser_loss(steps.DenoiserLoss("l2", share), labels=labels, moments=moments)
+        told = np.asarray(seen[-1][2]["label"])
+        dropped = told == null
+        np.testing.assert_array_equal(told[~dropped], labels[~dropped])
+        tolerance = 5 * np.sqrt(share * (1 - share) / count)
+        np.testing.assert_allclose(dropped.mean(), share, atol=tolerance)
+
+
+def test_other_labels_are_dropped_at_the_next_step(seen):
+    labels, moments = np.zeros(64), np.zeros((64, 1, 1, 4), np.float32)
+    for step in (0, 1, 0):
+        denoiser_loss(steps.DenoiserLoss("l2", 0.5), step, labels=labels, moments=moments)
+    first, second, again = (np.asarray(cond["label"]) for _, _, cond in seen)
+    assert not np.array_equal(first, second)
+    np.testing.assert_array_equal(first, again)
+
+
+def test_losses_that_make_no_sense_are_refused():
+    with pytest.raises(InputError, match=r"loss 'l3' is unknown; choose one of \['l1', 'l2'\]"):
+        steps.DenoiserLoss("l3")
+    for share in (-0.1, 1.0):
+        with pytest.raises(InputError, match=rf"label_dropout {share} must be in \[0, 1\)"):
+            steps.DenoiserLoss(label_dropout=share)
+
+
+OPTIM = optim.Config(lr=0.1, warmup_steps=4, clip_norm=1.0)
+EMA = ema.Config(decay=0.6)
+START = np.arange(1.0, 9.0, dtype=np.float32)
+
+
+def quadratic(params, batch, step):
+    """Its gradient, worked out by hand, is (mean(x) + step) * w."""
+    weight = batch["x"].mean() + step.astype(jnp.float32)
+    return 0.5 * weight * jnp.square(params["w"]).sum(), {"seen": batch["x"].max()}
+
+
+def built(average=EMA, config=MeshConfig(2, 4, 1)):
+    mesh = make_mesh(config)
+    optimizer = optim.make_optimizer(OPTIM, 10)
+    state, shardings = init_state(
+        lambda: {"w": jnp.asarray(START)},
+        {"w": ("in_channels",)},
+        optimizer,
+        mesh,
+        with_ema=bool(average.decay),
+    )
+    rate = optim.learning_rate(OPTIM, 10)
+    step = steps.make_step(quadratic, optimizer, rate, average, mesh, shardings)
+    return state, step, mesh
+
+
+BATCHES = [np.random.default_rng(i).uniform(1, 2, 8).astype(np.float32) for i in range(4)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Four steps: the states after each (host copies), the metrics, and the first state."""
+    state, step, mesh = built()
+    first, history = state, []
+    for x in BATCHES:
+        state, metrics = step(state, put_batch({"x": x}, mesh, 8))
+        history.append(jax.device_get((state, metrics)))
+    return first, history, state
+
+
+def reference():
+    """The same by optax on one device, and the average by its definition in f64."""
+    optimizer = optim.make_optimizer(OPTIM, 10)
+    w = jnp.asarray(START)
+    state, average, out = optimizer.init(w), START.astype(np.float64), []
+    for n, x in enumerate(BATCHES):
+        grads = (x.mean() + n) * w
+        updates, state = optimizer.update(grads, state, w)
+        w = optax.apply_updates(w, updates)
+        decay = min(0.6, (1 + (n + 1)) / (10 + (n + 1)))
+        average = decay * average + (1 - decay) * np.asarray(w, np.float64)
+        out.append((np.asarray(w), average, np.linalg.norm(grads)))
+    return out
+
+
+def test_step_updates_parameters_average_and_count(trained):
+    _, history, _ = trained
+    for n, ((state, metrics), (w, average, norm)) in enumerate(
+        zip(history, reference(), strict=True)
+    ):
+        assert state.step == n + 1
+        np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+        # Update n + 1 is the average's n + 1: counted from 0 its decays would be 1/10, 2/11, ...
+        np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+
+
+def test_metrics_are_of_the_step_that_was_taken(trained):
+    _, history, _ = trained
+    w = START
+    for n, (x, (state, metrics)) in enumerate(zip(BATCHES, history, strict=True)):
+        loss = 0.5 * (x.mean() + n) * np.square(w.astype(np.float64)).sum()
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        np.testing.assert_allclose(metrics["seen"], x.max())
+        np.testing.assert_allclose(metrics["lr"], 0.1 * min(n + 1, 4) / 4, rtol=1e-6)
+        w = state.params["w"]
+
+
+def test_state_is_donated_and_stays_sharded(trained):
+    first, _, last = trained
+    assert all(x.is_deleted() for x in jax.tree.leaves(first))
+    for leaf in (last.params["w"], last.ema["w"]):
+        assert {s.data.shape for s in leaf.addressable_shards} == {(2,)}
+
+
+def test_without_an_average_none_is_made():
+    state, step, mesh = built(ema.Config(decay=0.0), MeshConfig(8, 1, 1))
+    state, _ = step(state, put_batch({"x": BATCHES[0]}, mesh, 8))
+    assert state.ema == {}
+    np.testing.assert_allclose(state.params["w"], reference()[0][0], rtol=1e-5)
+
+
+def test_step_speaks_of_its_mesh_to_the_model():
+    """`constrain` inside the loss must find the mesh, or activations stay where they fall."""
+    state, _, mesh = built()
+
+    def loss(params, batch, step):
+        pinned = constrain(batch["x"] * 2, "batch")
+        return (pinned.sum() * jnp.square(params["w"])).sum(), {}
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    optimizer = optim.make_optimizer(OPTIM, 10)
+    step = steps.make_step(loss, optimizer, lambda n: 0.1, EMA, mesh, shardings)
+    text = step.lower(state, put_batch({"x": BATCHES[0]}, mesh, 8)).as_text()
+    assert "sharding_constraint" in text or "@Sharding" in text
