@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 
-def key_for(seed: int, purpose: str, step: int | jax.Array = 0) -> jax.Array:
-    """The key for one purpose at one step; `step` may be traced."""
+def key_for(seed: int | jax.Array, purpose: str, step: int | jax.Array = 0) -> jax.Array:
+    """The key for one purpose at one step; `seed` and `step` may be traced."""
     return jax.random.fold_in(
         jax.random.fold_in(jax.random.key(seed), crc32(purpose.encode())), step
     )

@@ -42,7 +42,7 @@ DENOISER = DenoiserRun(
             width=8,
             width_multipliers=(1, 2),
             num_res_blocks=1,
-            attention_factors=(2,),
+            attention_factors=(),  # the middle attends in any case
             num_heads=2,
             norm_groups=4,
         ),

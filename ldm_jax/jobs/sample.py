@@ -158,6 +158,7 @@ def sample(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
         out = draw(
             model.params,
             model.first_stage.params,
+            jnp.uint32(settings.seed),
             spread(indices.astype(np.int32)),
             spread(labels),
             jnp.float32(settings.guidance),
@@ -169,16 +170,19 @@ def sample(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compile_sampler(model: Model, settings: Settings):
-    """(params, first-stage params, indices [B], labels [B], scale, z_T or None) -> uint8 images."""
+    """(params, first-stage params, seed, indices [B], labels [B], scale, z_T or None) -> images.
+
+    Seed, classes and guidance scale are traced: other values of them do not compile anew.
+    """
     run, first_stage = model.run, model.first_stage.config
     schedule = process.make_schedule(run.schedule)
     solver = samplers.SAMPLERS[settings.sampler]
     guided = settings.guidance != 1
     conditional = run.model.conditioner.kind != "none"
 
-    def draw(params, first_stage_params, indices, labels, scale, z_T):
+    def draw(params, first_stage_params, seed, indices, labels, scale, z_T):
         with use_mesh(model.mesh):
-            keys = lambda purpose: example_keys(key_for(settings.seed, purpose), indices)  # noqa: E731
+            keys = lambda purpose: example_keys(key_for(seed, purpose), indices)  # noqa: E731
             shape = jax.ShapeDtypeStruct((indices.shape[0], *model.latent_shape), jnp.float32)
             z_T = normal_like(keys("initial_noise"), shape) if z_T is None else z_T
             predict = lambda z_t, t, c: denoiser.apply(run.model, params, z_t, t, c)  # noqa: E731

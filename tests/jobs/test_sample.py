@@ -58,7 +58,7 @@ def test_samples_do_not_depend_on_the_mesh(workdir, model, monkeypatch):
 
 def test_seed_class_and_guidance_change_samples(model, reference, monkeypatch):
     want = latents_of(monkeypatch, model, ONE)
-    for change in ({"seed": 1}, {"classes": (3,)}, {"guidance": 1.0}, {"steps": 3}):
+    for change in ({"seed": 1}, {"classes": (3,)}, {"guidance": 1.5}):
         got = latents_of(monkeypatch, model, dataclasses.replace(ONE, **change))
         assert np.abs(got - want).max() > 1e-4, change
 

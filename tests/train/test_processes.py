@@ -1,0 +1,71 @@
+"""Two processes joined by jax.distributed compute what one does."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from ldm_jax.data import latent_cache
+from ldm_jax.sharding import MeshConfig, make_mesh
+from tests.train import test_mesh
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+def test_two_processes_equal_one(first_stage, tmp_path):
+    """2 processes of 4 devices, joined by jax.distributed: batches, draws, losses, checkpoint."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4 "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    arguments = [str(WORKER), str(first_stage), str(tmp_path), f"localhost:{port}"]
+    processes = [
+        subprocess.Popen(
+            ["timeout", "-s", "KILL", "240", sys.executable, *arguments, str(i)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [p.communicate()[0] for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+
+    mesh = make_mesh(MeshConfig(8, 1, 1))
+    want = test_mesh.batches_and_draws(mesh, first_stage)
+    with np.load(tmp_path / "draws.npz") as got:
+        leaves = jax.tree.leaves(want)
+        assert len(got.files) == len(leaves)
+        for name, leaf in zip(got.files, leaves, strict=True):
+            np.testing.assert_array_equal(got[name], leaf)
+
+    for stage in ("autoencoder", "denoiser"):
+        alone = tmp_path / f"{stage}-alone"
+        test_mesh.run(stage, "1 device", alone, first_stage, num_steps=4)
+        np.testing.assert_allclose(
+            test_mesh.losses(tmp_path / stage), test_mesh.losses(alone), rtol=1e-5
+        )
+        # What two processes wrote goes on in one.
+        state = test_mesh.run(stage, "1 device", tmp_path / stage, first_stage, num_steps=5)
+        assert int(state.step) == 5
+    # Two processes of four devices write the cache that one of eight wrote, up to rounding.
+    one, both = (
+        latent_cache.open_cache(d / "train", verify=True)
+        for d in (first_stage / "latents", tmp_path / "latents")
+    )
+    assert len(both.manifest.shards) > 1
+    np.testing.assert_allclose(both.manifest.std, one.manifest.std, rtol=1e-6)
+    everything = np.arange(len(one))
+    got, want = (cache.read(everything, everything, flip=True, seed=1) for cache in (both, one))
+    np.testing.assert_array_equal(got["label"], want["label"])
+    np.testing.assert_allclose(got["moments"], want["moments"], atol=1e-4)
