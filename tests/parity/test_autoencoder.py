@@ -1,0 +1,142 @@
+"""The KL autoencoder against diffusers' AutoencoderKL: same weights, same numbers."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from ldm_jax.errors import InputError
+from ldm_jax.models import autoencoder
+from tests.parity import names, reference
+
+pytestmark = pytest.mark.parity
+
+SMALL = autoencoder.Config(
+    resolution=32, width=8, num_res_blocks=2, norm_groups=4, compute_dtype="float32"
+)
+# The published levels; attention sits where a 256-pixel image would have it.
+CONFIGS = {
+    "kl-f4": dict(width_multipliers=(1, 2, 4), z_channels=3, latent_channels=3),
+    "kl-f8": dict(width_multipliers=(1, 2, 4, 4)),
+    "kl-f16": dict(
+        width_multipliers=(1, 1, 2, 2, 4),
+        attention_resolutions=(2,),
+        z_channels=16,
+        latent_channels=16,
+    ),
+    "attends inside": dict(
+        width_multipliers=(1, 2, 2), attention_resolutions=(16, 8), num_res_blocks=1
+    ),
+}
+CONFIGS = {name: dataclasses.replace(SMALL, **fields) for name, fields in CONFIGS.items()}
+SMALLEST = CONFIGS["attends inside"]
+
+
+def shapes(config):
+    return jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
+
+
+def inputs(config):
+    """An image and a latent, and cotangents of what becomes of them."""
+    x = reference.draw(1, 2, config.resolution, config.resolution, 3)
+    z = reference.draw(2, 2, *config.latent_shape)
+    moments = reference.draw(3, *z.shape[:3], 2 * z.shape[3])
+    return x, moments, z, reference.draw(4, *x.shape)
+
+
+def their_model(config, gain):
+    return reference.randomize(reference.autoencoder_kl(config), reference.GAINS[gain])
+
+
+@functools.cache
+def compiled(config):
+    def answers(params, x, moments, z, image):
+        encode = functools.partial(autoencoder.encode, config, params)
+        decode = functools.partial(autoencoder.decode, config, params)
+        return (
+            *reference.our_value_and_pullback(encode, x, moments),
+            *reference.our_value_and_pullback(decode, z, image),
+        )
+
+    return jax.jit(answers)
+
+
+@functools.cache
+def our_answers(config, gain):
+    """Moments, their pullback to the image, the decoded image, its pullback to the latent."""
+    model = their_model(config, gain)
+    params = reference.parameters(model, names.autoencoder_names(config), shapes(config))
+    return compiled(config)(params, *inputs(config))
+
+
+def errors(config, gain, mutate=lambda model: None):
+    """Errors of our four answers, `mutate` having spoilt the reference."""
+    model = their_model(config, gain)
+    mutate(model)
+    x, moments, z, image = inputs(config)
+    encode = lambda x: model.encode(x).latent_dist.parameters  # noqa: E731
+    decode = lambda z: model.decode(z).sample  # noqa: E731
+    theirs = (
+        *reference.value_and_pullback(encode, x, moments),
+        *reference.value_and_pullback(decode, z, image),
+    )
+    return [reference.error(*pair) for pair in zip(our_answers(config, gain), theirs, strict=True)]
+
+
+@pytest.mark.parametrize("gain", reference.GAINS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_encode_and_decode_and_their_gradients_are_the_reference(config, gain):
+    assert max(errors(config, gain)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["resnets.0.norm1", "resnets.1.norm2", "group_norm", "norm_out"])
+def test_another_epsilon_is_caught(kind):
+    spoil = functools.partial(reference.set_epsilon, kind=kind, epsilon=1e-5)
+    assert min(errors(SMALLEST, "faint", spoil)) > 1e-3
+
+
+def test_symmetric_padding_is_caught():
+    def spoil(model):
+        for block in model.encoder.down_blocks:
+            for downsample in block.downsamplers or ():
+                downsample.padding, downsample.conv.padding = 1, (1, 1)
+
+    assert min(errors(SMALLEST, "plain", spoil)[:2]) > 1e-3
+
+
+@pytest.mark.parametrize("where", ["mid_block.attentions.0", "blocks.1.attentions.0"])
+def test_queries_and_keys_swapped_are_caught(where):
+    def spoil(model):
+        for name, module in model.named_modules():
+            if name.endswith(where):
+                module.to_q, module.to_k = module.to_k, module.to_q
+
+    assert min(errors(SMALLEST, "plain", spoil)) > 1e-3
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_names_use_every_tensor_once_and_go_both_ways(config):
+    name_map = names.autoencoder_names(config)
+    used = [name for entry in name_map.values() for name in entry.theirs]
+    theirs = reference.tensors(reference.autoencoder_kl(config))
+    assert sorted(used) == sorted(theirs)
+    back = names.to_theirs(name_map, names.to_ours(name_map, theirs, shapes(config)))
+    assert back.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+def test_names_refuse_a_checkpoint_of_another_architecture():
+    theirs = reference.tensors(reference.autoencoder_kl(SMALLEST))
+    for fields, match in (
+        (dict(num_res_blocks=2), "missing"),
+        (dict(attention_resolutions=()), "not used"),
+        (dict(width=16), "shape"),
+    ):
+        config = dataclasses.replace(SMALLEST, **fields)
+        with pytest.raises(InputError, match=match):
+            names.to_ours(names.autoencoder_names(config), theirs, shapes(config))
+    with pytest.raises(InputError, match="latent_channels"):
+        names.autoencoder_names(dataclasses.replace(SMALLEST, latent_channels=3))
