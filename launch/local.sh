@@ -48,7 +48,7 @@ case "$command" in
       exec "$bin/python" -m pytest -m parity -n 2 --dist loadfile "$@"
     fi
     install dev
-    exec "$bin/python" -m pytest -m "not parity" -n 2 "$@"
+    exec "$bin/python" -m pytest -m "not parity" -n 2 --dist loadfile "$@"
     ;;
   processes)
     count="${1:?how many processes?}"
