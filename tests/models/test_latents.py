@@ -9,14 +9,11 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys
-from ldm_jax.models.latents import (
-    Whitening,
-    kl_to_standard_normal,
-    mode,
-    sample,
-    split_moments,
-    whitening,
-)
+from ldm_jax.models import latents
+from ldm_jax.models.latents import Whitening, mode, split_moments, whitening
+
+sample = jax.jit(latents.sample)
+kl_to_standard_normal = jax.jit(latents.kl_to_standard_normal)
 
 
 def moments(mean, logvar):
@@ -54,7 +51,7 @@ def test_divergence_is_the_mean_log_ratio_of_the_densities_over_draws(posterior)
     mean, logvar = (a[:1] for a in posterior)
     count = 20_000
     many = jnp.broadcast_to(moments(mean, logvar), (count, 2, 2, 8))
-    z = np.asarray(jax.jit(sample)(many, keys(count)), np.float64)
+    z = np.asarray(sample(many, keys(count)), np.float64)
     log_q = -0.5 * ((z - mean) ** 2 / np.exp(logvar) + logvar)
     log_ratio = (log_q + 0.5 * z**2).sum((1, 2, 3))
     want = float(kl_to_standard_normal(moments(mean, logvar))[0])
@@ -65,7 +62,7 @@ def test_draws_have_the_posterior_mean_and_deviation():
     count = 20_000
     mean, logvar = np.array([1.5, -2.0]), np.log(np.array([0.25, 9.0]))
     row = moments(mean, logvar).reshape(1, 1, 1, 4)
-    z = jax.jit(sample)(jnp.broadcast_to(row, (count, 1, 1, 4)), keys(count))[:, 0, 0]
+    z = sample(jnp.broadcast_to(row, (count, 1, 1, 4)), keys(count))[:, 0, 0]
     np.testing.assert_allclose(z.mean(0), mean, atol=5 * 3 / math.sqrt(count))
     np.testing.assert_allclose(z.std(0), [0.5, 3.0], rtol=5 / math.sqrt(2 * count))
 
@@ -105,7 +102,7 @@ def test_unwhitening_inverts_whitening(kind):
     np.testing.assert_allclose(w.whiten(w.unwhiten(z)), z, atol=1e-5)
 
 
-def latents():
+def measured():
     mean, std = (np.array(s) for s in STATISTICS[:2])
     z = np.random.default_rng(0).normal(size=(64, 8, 8, 3)) * std + mean
     # Exactly of these statistics, as a cache has measured them.
@@ -113,14 +110,14 @@ def latents():
 
 
 def test_channel_whitening_gives_every_channel_zero_mean_and_unit_variance():
-    z, *statistics = latents()
+    z, *statistics = measured()
     white = np.asarray(whitening("channel", *statistics).whiten(jnp.asarray(z, jnp.float32)))
     np.testing.assert_allclose(white.mean((0, 1, 2)), np.zeros(3), atol=1e-5)
     np.testing.assert_allclose(white.std((0, 1, 2)), np.ones(3), atol=1e-5)
 
 
 def test_global_whitening_divides_by_one_number_and_shifts_nothing():
-    z, *statistics = latents()
+    z, *statistics = measured()
     white = np.asarray(whitening("global", *statistics).whiten(jnp.asarray(z, jnp.float32)))
     np.testing.assert_allclose(white, z / z.std(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(white.std(), 1.0, rtol=1e-5)
@@ -128,7 +125,7 @@ def test_global_whitening_divides_by_one_number_and_shifts_nothing():
 
 
 def test_no_whitening_is_the_identity():
-    z = jnp.asarray(latents()[0], jnp.float32)
+    z = jnp.asarray(measured()[0], jnp.float32)
     np.testing.assert_array_equal(whitening("none", *STATISTICS).whiten(z), z)
 
 

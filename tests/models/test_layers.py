@@ -100,10 +100,27 @@ def module_parameters(module, *inputs, seed=0):
     return random_parameters(jax.eval_shape(draw_parameters, declared, jax.random.key(0)), seed)
 
 
+def initial_parameters(module, *inputs):
+    """Values by the law that each parameter declares, drawn by numpy: nothing is compiled."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: (leaf.offset + leaf.scale * rng.uniform(-1, 1, leaf.value.shape)).astype("f4"),
+        declarations(module, *inputs),
+        is_leaf=lambda x: hasattr(x, "names"),
+    )
+
+
+def apply(module, params, *inputs):
+    return jax.jit(module.apply)({"params": params}, *inputs)
+
+
 def run(module, *inputs, seed=0):
     """The module's output under random parameters, and these."""
     params = module_parameters(module, *inputs, seed=seed)
-    return module.apply({"params": params}, *inputs), params
+    return apply(module, params, *inputs), params
+
+
+draw = jax.jit(draw_parameters)
 
 
 def normal(*shape, seed=0, scale=1.0, shift=0.0):
@@ -132,11 +149,11 @@ def test_downsample_pads_right_and_bottom_only_unless_symmetric(symmetric, seen)
     module = downsample(4, symmetric=symmetric, dtype=jnp.float32, name=None)
     x = normal(1, 8, 8, 3)
     params = module_parameters(module, x)
-    slope = jax.grad(lambda x: jnp.square(module.apply({"params": params}, x)[0, 0, 0]).sum())(x)
+    out = lambda x: jnp.square(apply(module, params, x)[0, 0, 0]).sum()  # noqa: E731
+    slope = jax.jit(jax.grad(out))(x)
     for axis in (1, 2):
         rows = np.abs(slope).max(tuple({0, 1, 2, 3} - {axis}))
         assert list(np.flatnonzero(rows)) == seen
-    assert module.apply({"params": params}, x).shape == (1, 4, 4, 4)
 
 
 def test_upsample_repeats_every_pixel():
@@ -174,7 +191,7 @@ def test_norm_statistics_of_bfloat16_input_are_f32(module):
     """4096 values with a mean of 8: bf16 sums would lose the deviation altogether."""
     shape = (1, 8, 8, 64) if isinstance(module, GroupNorm) else (1, 1, 4096)
     x = normal(*shape, shift=8.0).astype(jnp.bfloat16)
-    y = module.apply({"params": draw_parameters(declarations(module, x), jax.random.key(0))}, x)
+    y = apply(module, initial_parameters(module, x), x)
     assert y.dtype == jnp.bfloat16
     exact = np.asarray(x, np.float64)
     exact = (exact - exact.mean()) / exact.std()
@@ -185,13 +202,15 @@ def test_norm_statistics_of_bfloat16_input_are_f32(module):
 def test_attention_is_softmax_of_products_over_the_root_of_the_head_size():
     q, k, v = (normal(2, t, 3, 4, seed=i) for i, t in enumerate((5, 7, 7)))
     np.testing.assert_allclose(
-        attend(q, k, v), np_attend(*(np.asarray(a, np.float64) for a in (q, k, v))), atol=1e-5
+        jax.jit(attend)(q, k, v),
+        np_attend(*(np.asarray(a, np.float64) for a in (q, k, v))),
+        atol=1e-5,
     )
 
 
 def test_attention_to_a_single_token_returns_its_value_everywhere():
     q, k, v = (normal(2, t, 3, 4, seed=i) for i, t in enumerate((5, 1, 1)))
-    np.testing.assert_allclose(attend(q, k, v), np.broadcast_to(v, q.shape), atol=1e-6)
+    np.testing.assert_allclose(jax.jit(attend)(q, k, v), np.broadcast_to(v, q.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +218,7 @@ def test_attention_to_a_single_token_returns_its_value_everywhere():
     [(Conv(64), (1, 4, 4, 16), 144), (Dense(256), (1, 64), 64), (Conv(64, 1), (1, 4, 4, 128), 128)],
 )
 def test_initial_values_are_uniform_within_the_root_of_the_fan_in(module, shape, fan_in):
-    params = draw_parameters(declarations(module, jnp.zeros(shape)), jax.random.key(0))
+    params = draw(declarations(module, jnp.zeros(shape)), jax.random.key(0))
     bound = 1 / math.sqrt(fan_in)
     for leaf in params.values():
         assert leaf.dtype == jnp.float32
@@ -212,13 +231,13 @@ def test_initial_values_are_uniform_within_the_root_of_the_fan_in(module, shape,
 
 @pytest.mark.parametrize("module", [Conv(4, zero_init=True), Dense(4, zero_init=True)])
 def test_zero_init_starts_at_zero(module):
-    params = draw_parameters(declarations(module, jnp.zeros((1, 2, 2, 3))), jax.random.key(0))
+    params = draw(declarations(module, jnp.zeros((1, 2, 2, 3))), jax.random.key(0))
     assert set(params) == {"kernel", "bias"}
     assert not any(np.any(leaf) for leaf in params.values())
 
 
 def test_norms_start_as_pure_normalisation():
-    params = draw_parameters(declarations(GroupNorm(2), jnp.zeros((1, 2, 2, 4))), jax.random.key(0))
+    params = draw(declarations(GroupNorm(2), jnp.zeros((1, 2, 2, 4))), jax.random.key(0))
     np.testing.assert_array_equal(params["scale"], np.ones(4))
     np.testing.assert_array_equal(params["bias"], np.zeros(4))
 
@@ -237,7 +256,7 @@ def two():
 def test_no_two_parameters_share_their_draws_in_one_chunk_or_several(monkeypatch, size):
     # 584 numbers per layer: with chunks of 600, each layer has a draw of its own.
     monkeypatch.setattr(layers, "DRAW_SIZE", size)
-    params = draw_parameters(two(), jax.random.key(0))
+    params = jax.device_get(jax.jit(lambda key: draw_parameters(two(), key))(jax.random.key(0)))
     everything = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params)])
     assert len(np.unique(everything)) > 0.99 * everything.size
     correlation = np.corrcoef(np.ravel(params["a"]["kernel"]), np.ravel(params["b"]["kernel"]))
@@ -249,19 +268,20 @@ def test_initial_values_depend_on_the_key_and_not_on_the_mesh():
     declared = two()
     make = lambda key: draw_parameters(declared, key)  # noqa: E731
     shapes = jax.eval_shape(make, jax.random.key(0))
-    whole = jax.jit(make)(jax.random.key(0))
+    single = jax.jit(make)
+    whole = single(jax.random.key(0))
     for config in (MeshConfig(8, 1, 1), MeshConfig(2, 2, 2)):
         mesh = make_mesh(config)
         shardings = param_shardings(parameter_axes(declared), shapes, mesh)
         split = jax.jit(make, out_shardings=shardings)(jax.random.key(0))
         jax.tree.map(np.testing.assert_array_equal, split, whole)
-    other = make(jax.random.key(1))
+    other = single(jax.random.key(1))
     assert np.all(np.asarray(other["a"]["kernel"]) != np.asarray(whole["a"]["kernel"]))
 
 
 def test_axes_name_every_dimension():
     declared = two()
-    params = draw_parameters(declared, jax.random.key(0))
+    params = jax.eval_shape(draw_parameters, declared, jax.random.key(0))
     names = parameter_axes(declared)
     jax.tree.map(lambda leaf, n: np.testing.assert_equal(len(n), leaf.ndim), params, names)
     assert names["a"]["kernel"] == (None, None, "in_channels", "out_channels")
@@ -274,7 +294,7 @@ def test_bfloat16_is_the_type_of_products_and_f32_that_of_parameters(module):
     y, params = run(module, x)
     assert y.dtype == jnp.bfloat16
     assert {leaf.value.dtype for leaf in declarations(module, x).values()} == {jnp.dtype("float32")}
-    exact = module.clone(dtype=jnp.float32).apply({"params": params}, x)
+    exact = apply(module.clone(dtype=jnp.float32), params, x)
     np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.05)
     assert not np.array_equal(np.asarray(y, np.float32), exact)
 

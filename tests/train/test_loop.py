@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.sharding import MeshConfig, make_mesh
+from ldm_jax.sharding import MeshConfig, make_mesh, replicated
 from ldm_jax.train import loop
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.log import read_metrics
@@ -58,10 +58,8 @@ class Data:
 
 
 def fresh(mesh):
-    put = lambda x: jax.device_put(
-        x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    )  # noqa: E731, E501
-    return TrainState(put(jnp.int32(0)), {"w": put(jnp.ones(2))}, {}, {"m": put(jnp.zeros(2))})
+    state = TrainState(jnp.int32(0), {"w": jnp.ones(2)}, {}, {"m": jnp.zeros(2)})
+    return jax.device_put(state, replicated(mesh))
 
 
 def step(state, batch):

@@ -31,7 +31,7 @@ def test_autoencoder_loss_sums_over_pixels_and_latents_and_averages_over_images(
     images = np.random.default_rng(1).integers(0, 256, (5, 4, 4, 3), np.uint8)
     weight, step, seed, p = 0.25, 7, 3, np.float32(0.9)
     loss = steps.autoencoder_loss(None, steps.AutoencoderLoss(weight), seed)
-    total, parts = loss(jnp.asarray(p), {"image": jnp.asarray(images)}, jnp.int32(step))
+    total, parts = jax.jit(loss)(p, {"image": images}, np.int32(step))
 
     x = images / 127.5 - 1.0
     mean, logvar = p * x, -p * x
@@ -48,15 +48,19 @@ def test_autoencoder_loss_sums_over_pixels_and_latents_and_averages_over_images(
 def test_published_kl_weight_belongs_to_the_sums(by_hand):
     assert steps.AutoencoderLoss().kl_weight == 1e-6
     images = np.full((2, 4, 4, 3), 200, np.uint8)
-    value = lambda weight: steps.autoencoder_loss(None, steps.AutoencoderLoss(weight), 0)(  # noqa: E731
-        jnp.float32(1.0), {"image": jnp.asarray(images)}, 0
-    )
-    (with_kl, parts), (without, _) = value(1.0), value(0.0)
+    both = lambda p, batch: [  # noqa: E731
+        steps.autoencoder_loss(None, steps.AutoencoderLoss(weight), 0)(p, batch, 0)
+        for weight in (1.0, 0.0)
+    ]
+    (with_kl, parts), (without, _) = jax.jit(both)(np.float32(1.0), {"image": images})
     np.testing.assert_allclose(with_kl - without, parts["kl"], rtol=1e-4)
 
 
-def draws(step=0, seed=0, rows=slice(None), num_timesteps=1000):
-    return steps.denoiser_draws(seed, jnp.int32(step), jnp.asarray(MOMENTS[rows]), num_timesteps)
+draw = jax.jit(steps.denoiser_draws, static_argnums=3)
+
+
+def draws(step=0, seed=0, rows=slice(None)):
+    return draw(np.uint32(seed), np.int32(step), MOMENTS[rows], 1000)
 
 
 def test_every_draw_has_a_key_of_its_own(monkeypatch):
@@ -64,7 +68,7 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
     asked = []
     key_for = steps.key_for
     monkeypatch.setattr(steps, "key_for", lambda *a: asked.append(a[1]) or key_for(*a))
-    d = draws()
+    d = jax.jit(lambda m: steps.denoiser_draws(0, 0, m, 1000))(MOMENTS)
     assert len(asked) == 4 == len(set(asked))
     mean, logvar = latents.split_moments(jnp.asarray(MOMENTS))
     posterior = (d["z"] - mean) / jnp.exp(logvar / 2)
@@ -98,61 +102,60 @@ def test_draws_have_their_laws():
 
 
 @pytest.fixture
-def seen(monkeypatch):
-    """Puts a model in the denoiser's place that answers 0.5 z_t and remembers what it was told."""
-    calls = []
+def denoiser_loss(monkeypatch):
+    """Makes the loss with 0.5 z_t in the denoiser's place; it also returns what that was told."""
+    told = []
 
     def apply(config, params, z_t, t, cond):
-        calls.append((z_t, t, cond))
+        told.append((z_t, t, cond["label"]))
         return params * z_t
 
     monkeypatch.setattr(steps.denoiser, "apply", apply)
-    return calls
+    whitening = latents.Whitening((0.5, -1.0), (2.0, 3.0))
 
+    def make(loss):
+        compute = steps.denoiser_loss(tiny.DENOISER.model, loss, SCHEDULE, whitening, 0)
+        run = lambda batch, step: (compute(jnp.float32(0.5), batch, step), told[-1])  # noqa: E731
+        run = jax.jit(run)
+        return lambda labels, moments, step=0: jax.device_get(
+            run({"moments": moments, "label": np.asarray(labels, np.int32)}, np.int32(step))
+        )
 
-def denoiser_loss(loss, step=0, seed=0, labels=(1, 2, 3, 4), moments=MOMENTS):
-    compute = steps.denoiser_loss(
-        tiny.DENOISER.model, loss, SCHEDULE, latents.Whitening((0.5, -1.0), (2.0, 3.0)), seed
-    )
-    batch = {"moments": jnp.asarray(moments), "label": jnp.asarray(labels, jnp.int32)}
-    return compute(jnp.float32(0.5), batch, jnp.int32(step))
+    return make
 
 
 @pytest.mark.parametrize(("kind", "penalty"), [("l2", np.square), ("l1", np.abs)])
-def test_denoiser_loss_is_the_mean_error_of_the_noise_of_whitened_latents(seen, kind, penalty):
-    value, parts = denoiser_loss(steps.DenoiserLoss(kind, 0.0))
+def test_denoiser_loss_is_the_mean_error_of_the_noise_of_whitened_latents(
+    denoiser_loss, kind, penalty
+):
+    (value, parts), told = denoiser_loss(steps.DenoiserLoss(kind, 0.0))([1, 2, 3, 4], MOMENTS)
     d = {k: np.asarray(v, np.float64) for k, v in draws().items()}
     z0 = (d["z"] - [0.5, -1.0]) / [2.0, 3.0]
     alpha_bar = SCHEDULE.alpha_bar[d["t"].astype(int)].reshape(4, 1, 1, 1)
     z_t = np.sqrt(alpha_bar) * z0 + np.sqrt(1 - alpha_bar) * d["noise"]
     np.testing.assert_allclose(value, penalty(0.5 * z_t - d["noise"]).mean(), rtol=1e-5)
     assert parts == {}
-    (told_z, told_t, told_cond) = seen[0]
-    np.testing.assert_allclose(told_z, z_t, atol=1e-5)
-    np.testing.assert_array_equal(told_t, d["t"])
-    np.testing.assert_array_equal(told_cond["label"], [1, 2, 3, 4])
+    np.testing.assert_allclose(told[0], z_t, atol=1e-5)
+    np.testing.assert_array_equal(told[1], d["t"])
+    np.testing.assert_array_equal(told[2], [1, 2, 3, 4])
 
 
-def test_labels_are_dropped_with_the_configured_probability(seen):
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_labels_are_dropped_with_the_configured_probability_anew_at_each_step(denoiser_loss, share):
     count, null = 4000, 10
-    moments = np.zeros((count, 1, 1, 4), np.float32)
-    labels = np.arange(count) % 10
-    for share in (0.0, 0.1, 0.7):
-        denoiser_loss(steps.DenoiserLoss("l2", share), labels=labels, moments=moments)
-        told = np.asarray(seen[-1][2]["label"])
-        dropped = told == null
-        np.testing.assert_array_equal(told[~dropped], labels[~dropped])
-        tolerance = 5 * np.sqrt(share * (1 - share) / count)
-        np.testing.assert_allclose(dropped.mean(), share, atol=tolerance)
-
-
-def test_other_labels_are_dropped_at_the_next_step(seen):
-    labels, moments = np.zeros(64), np.zeros((64, 1, 1, 4), np.float32)
+    loss = denoiser_loss(steps.DenoiserLoss("l2", share))
+    labels, moments = np.arange(count) % 10, np.zeros((count, 1, 1, 4), np.float32)
+    dropped = []
     for step in (0, 1, 0):
-        denoiser_loss(steps.DenoiserLoss("l2", 0.5), step, labels=labels, moments=moments)
-    first, second, again = (np.asarray(cond["label"]) for _, _, cond in seen)
-    assert not np.array_equal(first, second)
-    np.testing.assert_array_equal(first, again)
+        told = loss(labels, moments, step)[1][2]
+        dropped.append(told == null)
+        np.testing.assert_array_equal(told[~dropped[-1]], labels[~dropped[-1]])
+        tolerance = 5 * np.sqrt(share * (1 - share) / count)
+        np.testing.assert_allclose(dropped[-1].mean(), share, atol=tolerance)
+    np.testing.assert_array_equal(dropped[0], dropped[2])
+    if share:
+        both = (dropped[0] & dropped[1]).mean()
+        np.testing.assert_allclose(both, share**2, atol=5 * share / np.sqrt(count))
 
 
 def test_losses_that_make_no_sense_are_refused():
