@@ -5,8 +5,8 @@
 | variant       | architecture, batch, learning rate, steps | expected score                       |
 |---------------|-------------------------------------------|--------------------------------------|
 | digits        | ours, small; 4 minutes on two CPU cores   | `ldm demo` prints its figures        |
-| imagenet-ldm4 | LDM, Table 15; 271 V100-days as published | not yet measured (published FID 10.56)|
-| celebahq-ldm4 | LDM, Table 12; 14.4 V100-days as published| not yet measured (published FID 5.11)|
+| imagenet-ldm4 | LDM, Table 15; 271 V100-days as published | not yet measured (published 10.56 FID)
+| celebahq-ldm4 | LDM, Table 12; 14.4 V100-days as published| not yet measured (published FID 5.11)
 
 The published models trained on latents of their VQ-f4 first stage.
 """

@@ -159,7 +159,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         verbs[name].add_argument(
             "--config",
             metavar="FILE[:VARIANT]",
-            help="configuration; not needed to resume a workdir. Change fields with --config.a.b=VALUE",
+            help="not needed to resume a workdir; fields are changed with --config.a.b=VALUE",
         )
     cache = verbs["cache-latents"]
     cache.add_argument("--out", type=Path, help="folder of the cache (default: WORKDIR/latents)")

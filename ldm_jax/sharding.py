@@ -83,7 +83,7 @@ _active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.Context
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
-    """While this is open, `constrain` speaks of `mesh`; enter it inside the function being traced."""
+    """While open, `constrain` speaks of `mesh`; enter it inside the function being traced."""
     token = _active.set((mesh, rules))
     try:
         yield
@@ -132,7 +132,7 @@ def spec_for(
 
 
 def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """A NamedSharding per parameter; `axes` holds a tuple of logical names for each leaf of `shapes`."""
+    """A NamedSharding per parameter; `axes` holds a tuple of names for each leaf of `shapes`."""
     return jax.tree.map(
         lambda leaf, names: NamedSharding(mesh, spec_for(names, leaf.shape, mesh, rules)),
         shapes,
@@ -189,7 +189,8 @@ def check_batch(
         nearest = max(1, round(batch_size / ways)) * ways
         raise InputError(
             f"{name} {batch_size} must divide by {ways} "
-            f"({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.batch)} devices); nearest: {nearest}"
+            f"({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.batch)} devices); "
+            f"nearest: {nearest}"
         )
 
 
@@ -201,8 +202,8 @@ def process_slice(batch_size: int, mesh: Mesh) -> tuple[int, int]:
     size = stop - start
     if sum(b - a for a, b in rows) != size or batch_size % size or start % size:
         raise InputError(
-            f"the mesh {dict(mesh.shape)} gives this process the batch rows {rows}: they must be one "
-            "aligned block; let `data` x `fsdp` devices of a process be neighbours in the mesh"
+            f"the mesh {dict(mesh.shape)} gives this process the batch rows {rows}: they must "
+            "be one aligned block; let a process have neighbouring `data` x `fsdp` devices"
         )
     return start // size, batch_size // size
 

@@ -104,7 +104,7 @@ class Images:
         return batch
 
     def listing(self) -> str:
-        """sha256 hex of which examples there are, in their order; a mended file leaves it as it is."""
+        """sha256 hex of which examples there are, in order; a mended file keeps it."""
         return digest([self.source.listing or self.source.identity, self.source.num_examples])
 
     def fingerprint(self) -> str:

@@ -104,7 +104,7 @@ def digit_figures(workdir: Path, settings: sample.Settings) -> Figures:
     if config.source != "digits":
         raise InputError(
             f"this denoiser was trained on {config.source!r}; `ldm evaluate` judges samples of the "
-            "digits only, others need a pretrained feature network; use `ldm sample` and your own tool"
+            "digits only, others need a pretrained network; use `ldm sample` and your own tool"
         )
     train_images, train_labels = all_images(images.open_images(config, "train", augment=False))
     held_out, held_out_labels = all_images(images.open_images(config, "held_out", augment=False))

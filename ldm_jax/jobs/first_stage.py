@@ -34,7 +34,8 @@ def load_first_stage(workdir: str | Path, mesh: Mesh) -> FirstStage:
     record = read_run(Path(workdir))
     if record["job"] != "train-autoencoder":
         raise InputError(
-            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of `ldm train-autoencoder`"
+            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of "
+            "`ldm train-autoencoder`"
         )
     run = build(AutoencoderRun, record["config"])
     shapes = jax.eval_shape(lambda: autoencoder.init(run.model, jax.random.key(0)))

@@ -62,7 +62,7 @@ class Model:
 
 
 def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = MeshConfig()) -> Model:
-    """Everything `ldm sample` needs; raises InputError where first stage and denoiser do not fit."""
+    """What `ldm sample` needs; raises InputError where first stage and denoiser do not fit."""
     record = read_run(workdir)
     if record["job"] != "train-denoiser":
         raise InputError(
@@ -73,8 +73,8 @@ def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = Mesh
     first_stage = load_first_stage(run.autoencoder, mesh)
     if first_stage.encoder_hash != data["encoder_hash"]:
         raise InputError(
-            f"autoencoder {run.autoencoder} has encoder_hash {first_stage.encoder_hash[:12]}, but the "
-            f"denoiser was trained on latents of {data['encoder_hash'][:12]}; give back the weights "
+            f"autoencoder {run.autoencoder} has encoder_hash {first_stage.encoder_hash[:12]}, but "
+            f"the denoiser saw latents of {data['encoder_hash'][:12]}; give back the weights "
             "it was trained with, or cache and train anew"
         )
     shapes = jax.eval_shape(lambda: denoiser.init(run.model, jax.random.key(0)))
@@ -119,7 +119,7 @@ def check(settings: Settings, model: Model) -> Settings:
     eta = settings.eta if settings.eta >= 0 else {"ddpm": 1.0}.get(settings.sampler, 0.0)
     if settings.guidance < 0:
         raise InputError(
-            f"guidance {settings.guidance} must not be negative; 1 = conditional model"
+            f"guidance {settings.guidance} must not be negative; 1 is the plain model"
         )
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch = settings.batch_size or -(-min(settings.num, 100) // ways) * ways
@@ -205,7 +205,7 @@ def compile_sampler(model: Model, settings: Settings):
 
 
 def run(workdir: Path, settings: Settings, out: Path | None = None) -> Path:
-    """Draws and writes `OUT.npz` (layout of ADM's evaluator) and a grid `OUT.png`; returns the npz."""
+    """Writes `OUT.npz` (layout of ADM's evaluator) and a grid `OUT.png`; returns the npz."""
     model = load_model(workdir, settings)
     images, labels = sample(model, settings)
     out = Path(out) if out else Path(workdir) / "samples" / f"step{model.step}-seed{settings.seed}"

@@ -92,7 +92,7 @@ def loop_config(run: Run) -> LoopConfig:
 
 
 def build(cls: type, values: dict[str, Any], where: str = "config") -> Any:
-    """A dataclass from nested plain values; raises InputError for unknown fields and wrong types."""
+    """A dataclass from nested plain values; InputError for unknown fields and wrong types."""
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:

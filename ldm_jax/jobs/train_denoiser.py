@@ -88,8 +88,8 @@ def check_model(config: DenoiserRun, manifest: Manifest) -> None:
     for name in ("in_channels", "out_channels"):
         if getattr(backbone, name) != channels:
             raise InputError(
-                f"config.model.backbone.{name} is {getattr(backbone, name)}, but the cached latents "
-                f"have {channels} channels; set it to {channels}"
+                f"config.model.backbone.{name} is {getattr(backbone, name)}, but the cached "
+                f"latents have {channels} channels; set it to {channels}"
             )
     if conditioner.kind == "class" and conditioner.num_classes != manifest.num_classes:
         raise InputError(

@@ -39,7 +39,7 @@ def axes(config: Config) -> Any:
 
 
 def apply(config: Config, params: Any, z_t: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
-    """Noisy latents f32 [B,H,W,C], times [B], conditions {name: [B, ...]} -> prediction f32 [B,H,W,C]."""
+    """Prediction f32 [B,H,W,C] from z_t f32 [B,H,W,C], times [B], conditions {name: [B,...]}."""
     context = conditioners.apply(config.conditioner, params["conditioner"], cond)
     if context is not None:
         context = constrain(context, "batch", "tokens", "channels")

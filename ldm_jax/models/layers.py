@@ -1,4 +1,4 @@
-"""The blocks that the autoencoder and the denoisers share: Linen modules, none of which leave models/.
+"""Blocks that the autoencoder and the denoisers share: Linen modules that never leave models/.
 
 Parameters are f32. Convolutions and matrix products run in `dtype`; statistics and softmax in f32.
 Kernels and biases start as PyTorch's defaults do, uniform in +-1/sqrt(fan_in), because that is what

@@ -77,8 +77,8 @@ def read_run(workdir: Path) -> dict[str, Any]:
     path = Path(workdir) / "run.json"
     if not path.is_file():
         raise InputError(
-            f"workdir {workdir} holds no run.json: it is not the run directory of a training; check "
-            "the path, or give --config to start one there"
+            f"workdir {workdir} holds no run.json: it is not the run directory of a training; "
+            "check the path, or give --config to start one there"
         )
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -101,7 +101,8 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
         ]
     elif workdir.exists() and (workdir / "checkpoints").exists():
         raise InputError(
-            f"workdir {workdir} holds checkpoints but no run.json; move them away or use a new workdir"
+            f"workdir {workdir} holds checkpoints but no run.json; move them away or use a "
+            "new workdir"
         )
     if jax.process_index() == 0:
         write_json(path, record)
@@ -124,8 +125,8 @@ def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) 
         if different:
             more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
             raise InputError(
-                f"workdir {workdir} was started with another {part}: {'; '.join(different[:3])}{more};"
-                " give the old values back or use a new workdir"
+                f"workdir {workdir} was started with another {part}: {'; '.join(different[:3])}"
+                f"{more}; give the old values back or use a new workdir"
             )
 
 

@@ -35,7 +35,7 @@ def reference(model):
 
 
 def latents_of(monkeypatch, model, settings):
-    """What the sampler hands to the decoder, f32 [num,h,w,C], before rounding to 8 bits hides it."""
+    """What the sampler hands to the decoder, f32 [num,h,w,C], before rounding hides it."""
     monkeypatch.setattr(autoencoder, "to_uint8", lambda x: x)
     monkeypatch.setattr(autoencoder, "decode", lambda config, params, z: z)
     return sample.sample(model, settings)[0]
