@@ -24,7 +24,7 @@ install() {
   if [ "$extras" = parity ]; then
     # PyTorch first and alone: whatever asks for it later is content with this build, and nothing
     # resolves it anew into one with several GB of accelerator libraries. Where pip's index offers
-    # only such a build, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu has the small one.
+    # only such a build, name PyTorch's CPU index in PIP_EXTRA_INDEX_URL.
     "$bin/python" -m pip install --quiet --disable-pip-version-check \
       -c "$root/constraints.txt" torch
   fi
@@ -45,7 +45,7 @@ case "$command" in
       shift
       install dev
       install parity
-      exec "$bin/python" -m pytest -m parity -n 2 --dist loadfile "$@"
+      exec "$bin/python" -m pytest -m parity tests/parity -n 2 --dist loadfile "$@"
     fi
     install dev
     exec "$bin/python" -m pytest -m "not parity" -n 2 --dist loadfile "$@"

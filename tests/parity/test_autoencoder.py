@@ -23,6 +23,7 @@ CONFIGS = {
     "kl-f16": dict(
         width_multipliers=(1, 1, 2, 2, 4),
         attention_resolutions=(2,),
+        num_res_blocks=1,
         z_channels=16,
         latent_channels=16,
     ),

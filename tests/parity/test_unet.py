@@ -29,7 +29,9 @@ def unconditional(**fields):
 
 
 CONFIGS = {
-    "class, one head": conditional(width_multipliers=(1, 2, 3), attention_factors=(4, 2)),
+    "class, one head": conditional(
+        width_multipliers=(1, 2, 3), attention_factors=(4, 2), num_res_blocks=1
+    ),
     "class, heads by width": conditional(
         width_multipliers=(1, 2),
         attention_factors=(1,),
