@@ -114,7 +114,8 @@ def check(settings: Settings, model: Model) -> Settings:
         bad = [c for c in classes if not 0 <= c < conditioner.num_classes]
         if bad:
             raise InputError(
-                f"class {bad[0]} is unknown; this denoiser has classes 0..{conditioner.num_classes - 1}"
+                f"class {bad[0]} is unknown; this denoiser has classes "
+                f"0..{conditioner.num_classes - 1}"
             )
     eta = settings.eta if settings.eta >= 0 else {"ddpm": 1.0}.get(settings.sampler, 0.0)
     if settings.guidance < 0:
