@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import grain.python as grain
 import numpy as np
@@ -45,7 +45,7 @@ def batches(
     shard_count: int = 1,
     num_threads: int = 2,
     prefetch: int = 4,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches of host arrays from `start_step` on, for ever; `close()` ends the reading threads.
 
     The global batch of step s is the stream positions [s B, (s + 1) B). This process gets the
@@ -76,7 +76,7 @@ def batches(
     return _closing(grain.MapDataset.source(steps)[start_step:].to_iter_dataset(options))
 
 
-def _closing(dataset: grain.IterDataset) -> Iterator[Batch]:
+def _closing(dataset: grain.IterDataset) -> Generator[Batch, None, None]:
     iterator = iter(dataset)
     try:
         yield from iterator

@@ -119,9 +119,7 @@ def check(settings: Settings, model: Model) -> Settings:
             )
     eta = settings.eta if settings.eta >= 0 else {"ddpm": 1.0}.get(settings.sampler, 0.0)
     if settings.guidance < 0:
-        raise InputError(
-            f"guidance {settings.guidance} must not be negative; 1 is the plain model"
-        )
+        raise InputError(f"guidance {settings.guidance} must not be negative; 1 is the plain model")
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch = settings.batch_size or -(-min(settings.num, 100) // ways) * ways
     check_batch(batch, model.mesh)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from ldm_jax.errors import InputError
@@ -107,7 +108,7 @@ class Checkpoints:
 
     def _check_tree(self, where: str, name: str, step: int, tree: Any) -> None:
         handler = ocp.StandardCheckpointHandler()
-        stored = handler.metadata(self.folder / str(step) / name)
+        stored: Any = handler.metadata(epath.Path(self.folder / str(step) / name))
         stored = getattr(stored, "item_metadata", stored)
         stored = getattr(stored, "tree", stored)
         have, want = _shapes(stored), _shapes(tree)

@@ -4,6 +4,9 @@ The writers speak clu's MetricWriter interface (write_scalars, write_images, wri
 write_hparams, flush, close), so that anything written for clu takes them.
 """
 
+# Protocol buffers make their classes when they are imported, out of a type checker's sight.
+# pyright: reportAttributeAccessIssue=false
+
 import io
 import json
 import os

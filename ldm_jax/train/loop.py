@@ -5,7 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def train(
     name: str,
     state: TrainState,
     step: Step,
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]],
     batch_size: int,
     mesh: Mesh,
 ) -> TrainState:
@@ -147,8 +147,7 @@ def train(
         checkpoints.wait()
         checkpoints.close()
         writer.close()
-        if hasattr(stream, "close"):
-            stream.close()
+        stream.close()
     return state
 
 

@@ -44,8 +44,8 @@ def init_state(
         return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
 
     shapes = jax.eval_shape(init)
-    shardings = TrainState(
-        replicated(mesh),
+    shardings: Any = TrainState(
+        replicated(mesh),  # type: ignore[arg-type]  shardings stand where arrays will
         param_shardings(axes, shapes.params, mesh),
         param_shardings(axes, shapes.ema, mesh) if with_ema else {},
         state_shardings(shapes.opt_state, axes, mesh),
