@@ -25,6 +25,7 @@ FREE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
+    "data_threads",
 )
 
 
@@ -120,7 +121,7 @@ def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) 
             f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} now"
             for key in sorted(old.keys() | new.keys())
             if old.get(key, "absent") != new.get(key, "absent")
-            and not (part == "config" and key.split(".")[0] in FREE_FIELDS)
+            and not (part == "config" and _is_free(key, new))
         ]
         if different:
             more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
@@ -128,6 +129,13 @@ def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) 
                 f"workdir {workdir} was started with another {part}: {'; '.join(different[:3])}"
                 f"{more}; give the old values back or use a new workdir"
             )
+
+
+def _is_free(key: str, config: dict[str, Any]) -> bool:
+    """Whether a resumed run may change a field; a decaying learning rate depends on the length."""
+    if key == "num_steps":
+        return config.get("optim.schedule", "constant") == "constant"
+    return key.split(".")[0] in FREE_FIELDS
 
 
 def to_json(config: Any) -> dict[str, Any]:

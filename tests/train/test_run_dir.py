@@ -93,8 +93,15 @@ def test_start_with_another_field_is_refused_with_both_values(
 
 def test_many_different_fields_are_counted_and_the_first_named(tmp_path, mesh):
     start(tmp_path, mesh)
-    with pytest.raises(InputError, match=r"batch_size .*; data_threads .*; flip .*\(and 2 more\)"):
-        start(tmp_path, mesh, batch_size=8, data_threads=1, flip=True, seed=3, whitening="none")
+    with pytest.raises(InputError, match=r"batch_size .*; flip .*; latents .*\(and 2 more\)"):
+        start(tmp_path, mesh, batch_size=8, flip=True, latents="l", seed=3, whitening="none")
+
+
+def test_length_is_not_free_when_the_learning_rate_decays_with_it(tmp_path, mesh):
+    cosine = dataclasses.replace(RUN.optim, schedule="cosine")
+    start(tmp_path, mesh, optim=cosine)
+    with pytest.raises(InputError, match=r"num_steps is \d+ there and 99 now"):
+        start(tmp_path, mesh, optim=cosine, num_steps=99)
 
 
 def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
@@ -106,6 +113,7 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
         "checkpoint_every": 9,
         "keep_checkpoints": 5,
         "keep_every": 3,
+        "data_threads": 4,
     }
     assert set(free) == set(run_dir.FREE_FIELDS)
     for name, value in free.items():
