@@ -8,7 +8,8 @@
 | imagenet-ldm4 | LDM, Table 15; 271 V100-days as published | not yet measured (published 10.56 FID)
 | celebahq-ldm4 | LDM, Table 12; 14.4 V100-days as published| not yet measured (published FID 5.11)
 
-The published models trained on latents of their VQ-f4 first stage.
+The published models trained on latents of their VQ-f4 first stage, which is not here yet: pair them
+with `kl-f4`, whose latents have the same 3 channels at the same size.
 """
 
 import ml_collections
@@ -34,7 +35,7 @@ def _published(
     c.num_steps = num_steps
     c.log_every = 100
     c.checkpoint_every = 5_000
-    c.whitening = "none"  # VQ latents come close to unit variance; LDM leaves them as they are
+    c.whitening = "global"  # 1/std; VQ latents, as published, would come close to unit variance
     c.model = ml_collections.ConfigDict(
         {
             "backbone": {

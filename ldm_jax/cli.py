@@ -23,8 +23,18 @@ def main(argv: list[str] | None = None) -> None:
     except InputError as error:
         if os.environ.get("LDM_TRACEBACK"):
             raise
-        print(f"ldm {arguments.verb}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        _refuse(arguments.verb, str(error))
+    except OSError as error:
+        if os.environ.get("LDM_TRACEBACK") or not error.filename:
+            raise
+        _refuse(
+            arguments.verb, f"{error.filename}: {error.strerror}; check the path and its rights"
+        )
+
+
+def _refuse(verb: str, message: str) -> None:
+    print(f"ldm {verb}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
 def _environment() -> None:
@@ -45,8 +55,16 @@ def _join_processes(arguments: argparse.Namespace) -> None:
         jax.distributed.initialize(
             arguments.coordinator, arguments.num_processes, arguments.process_id
         )
+    elif arguments.num_processes is not None or arguments.process_id is not None:
+        raise InputError("--num-processes and --process-id need --coordinator=HOST:PORT too")
     elif arguments.distributed:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"--distributed found no cluster to join ({str(error).splitlines()[0]}); name the "
+                "processes with --coordinator, --num-processes and --process-id"
+            ) from error
 
 
 def _train_autoencoder(arguments, overrides):

@@ -166,7 +166,7 @@ def _add(sums: dict[str, np.ndarray], moments: np.ndarray) -> None:
     mean, logvar = np.split(moments.astype(np.float64), 2, axis=-1)
     sums["mean"] += mean.sum((0, 1, 2))
     sums["mean_squared"] += (mean**2).sum((0, 1, 2))
-    sums["variance"] += np.exp(logvar).sum((0, 1, 2))
+    sums["variance"] += np.exp(np.clip(logvar, -30, 20)).sum((0, 1, 2))
 
 
 def _encode(record: Batch, spec: Spec) -> bytes:

@@ -28,8 +28,9 @@ def run(workdir: Path, settings: sample.Settings) -> Figures:
         figures, how = reconstruction_figures(workdir), {}
     else:
         figures, how = digit_figures(workdir, settings), dataclasses.asdict(settings)
-    for name, value in figures.items():
-        print(f"{name:32s} {value:.4f}")
+    if jax.process_index() == 0:
+        for name, value in figures.items():
+            print(f"{name:32s} {value:.4f}")
     line = {
         "job": job,
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -89,6 +90,7 @@ def reconstruction_figures(workdir: Path, limit: int = 10_000) -> Figures:
         "psnr_db_std": float(psnr.std()),
         "ssim": float(ssim.mean()),
         "num_images": float(len(psnr)),
+        "step": float(first_stage.step),
     }
 
 
@@ -127,6 +129,7 @@ def digit_figures(workdir: Path, settings: sample.Settings) -> Figures:
         "frechet_halves_of_real": halves.mean,
         "frechet_halves_of_real_std": halves.spread,
         "num_samples": float(len(pictures)),
+        "step": float(model.step),
     }
 
 

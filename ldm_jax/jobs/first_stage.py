@@ -45,7 +45,8 @@ def load_first_stage(workdir: str | Path, mesh: Mesh) -> FirstStage:
         shapes,
         shardings,
     )
-    weights = load_weights(Path(workdir), like)
+    which = "ema" if run.ema.decay else "params"
+    weights = load_weights(Path(workdir), like, which=which)
     return FirstStage(run, weights.params, weights.step, tree_hash(weights.params["encoder"]))
 
 

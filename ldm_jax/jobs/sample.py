@@ -1,6 +1,9 @@
 """`ldm sample`: a trained denoiser and its first stage to images."""
 
 import dataclasses
+import hashlib
+import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from ldm_jax.sharding import (
     use_mesh,
 )
 from ldm_jax.train.checkpoint import load_weights
-from ldm_jax.train.run_dir import read_run
+from ldm_jax.train.run_dir import read_run, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +87,15 @@ def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = Mesh
         shapes,
         shardings,
     )
-    step = None if settings.step < 0 else settings.step
-    weights = load_weights(workdir, like, which=settings.weights, step=step)
+    if settings.step < -1:
+        raise InputError(
+            f"step {settings.step} must be a checkpoint's; leave it out for the newest"
+        )
+    step = None if settings.step == -1 else settings.step
+    which = settings.weights
+    if which == "auto":
+        which = "ema" if run.ema.decay else "params"
+    weights = load_weights(workdir, like, which=which, step=step)
     whitening = latents.Whitening(*(tuple(data["whitening"][k]) for k in ("shift", "scale")))
     shape = tuple(data["latent_shape"])
     return Model(
@@ -103,6 +113,21 @@ def check(settings: Settings, model: Model) -> Settings:
     total = model.run.schedule.num_timesteps
     if not 1 <= settings.steps <= total:
         raise InputError(f"steps {settings.steps} must be in 1..{total}")
+    if settings.eta != -1 and not 0 <= settings.eta <= 1:
+        raise InputError(
+            f"eta {settings.eta} must be in [0, 1]; leave it out for the sampler's own"
+        )
+    if not (math.isfinite(settings.guidance) and settings.guidance >= 0):
+        raise InputError(
+            f"guidance {settings.guidance} must be finite and not negative; 1 is the plain model"
+        )
+    if settings.guidance != 1 and model.run.loss.label_dropout == 0:
+        raise InputError(
+            f"guidance {settings.guidance}: this denoiser was trained with label_dropout 0 and "
+            "knows no null condition; leave --guidance out"
+        )
+    if not 0 <= settings.seed < 2**32:
+        raise InputError(f"seed {settings.seed} must be in 0..2**32 - 1")
     if settings.num < 1:
         raise InputError(f"num {settings.num} must be at least 1")
     classes = settings.classes
@@ -118,8 +143,6 @@ def check(settings: Settings, model: Model) -> Settings:
                 f"0..{conditioner.num_classes - 1}"
             )
     eta = settings.eta if settings.eta >= 0 else {"ddpm": 1.0}.get(settings.sampler, 0.0)
-    if settings.guidance < 0:
-        raise InputError(f"guidance {settings.guidance} must not be negative; 1 is the plain model")
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch = settings.batch_size or -(-min(settings.num, 100) // ways) * ways
     check_batch(batch, model.mesh)
@@ -135,9 +158,12 @@ def initial_noise(settings: Settings, model: Model) -> np.ndarray | None:
     except (OSError, ValueError) as error:
         raise InputError(f"noise file {settings.noise} cannot be read: {error}") from error
     want = (settings.num, *model.latent_shape)
-    if noise.shape[1:] != want[1:] or noise.shape[0] < settings.num:
-        raise InputError(f"noise file {settings.noise} has shape {noise.shape}; it must be {want}")
-    return np.asarray(noise[: settings.num], np.float32)
+    if noise.shape != want or noise.dtype.kind != "f" or not np.isfinite(noise).all():
+        raise InputError(
+            f"noise file {settings.noise} has shape {noise.shape} and type {noise.dtype}; it must "
+            f"hold finite floats of shape {want}"
+        )
+    return np.asarray(noise, np.float32)
 
 
 def sample(model: Model, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
@@ -205,17 +231,30 @@ def compile_sampler(model: Model, settings: Settings):
 
 def run(workdir: Path, settings: Settings, out: Path | None = None) -> Path:
     """Writes `OUT.npz` (layout of ADM's evaluator) and a grid `OUT.png`; returns the npz."""
-    model = load_model(workdir, settings)
-    images, labels = sample(model, settings)
-    out = Path(out) if out else Path(workdir) / "samples" / f"step{model.step}-seed{settings.seed}"
-    out = out.with_suffix("") if out.suffix in (".npz", ".png") else out
-    if jax.process_index() == 0:
+    if out is not None:
+        out = Path(out).with_suffix("") if Path(out).suffix in (".npz", ".png") else Path(out)
+        if out.with_name(f"{out.name}.npz").exists() or out.is_dir():
+            raise InputError(f"--out {out} exists; remove it or give another name")
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_npz(images, labels, out.parent / f"{out.name}.npz")
-        save_grid(
-            images[:400], out.parent / f"{out.name}.png", columns=grid_columns(settings, labels)
-        )
-    return out.parent / f"{out.name}.npz"
+    model = load_model(workdir, settings)
+    if out is None:
+        out = Path(workdir) / "samples" / f"step{model.step}-{digest(settings)}"
+        out.parent.mkdir(parents=True, exist_ok=True)
+    images, labels = sample(model, settings)
+    path = out.with_name(f"{out.name}.npz")
+    if jax.process_index() == 0:
+        save_npz(images, labels, path)
+        columns = grid_columns(settings, labels)
+        save_grid(images[:400], out.with_name(f"{out.name}.png"), columns=columns)
+        record = dataclasses.asdict(settings) | {"step": model.step, "weights": model.which}
+        write_json(out.with_name(f"{out.name}.json"), record)
+    return path
+
+
+def digest(settings: Settings) -> str:
+    """A short name of what was asked for, so that other settings never overwrite a result."""
+    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
+    return f"seed{settings.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def grid_columns(settings: Settings, labels: Sequence[int]) -> int:

@@ -87,7 +87,11 @@ Run = AutoencoderRun | DenoiserRun
 
 
 def loop_config(run: Run) -> LoopConfig:
-    """The loop's part of a run; raises InputError for a length or a pace below 1."""
+    """The loop's part of a run; raises InputError for a seed or a pace out of range."""
+    if not 0 <= run.seed < 2**32:
+        raise InputError(f"seed {run.seed} must be in 0..2**32 - 1")
+    if run.data_threads < 1:
+        raise InputError(f"data_threads {run.data_threads} must be at least 1")
     return LoopConfig(**{f.name: getattr(run, f.name) for f in dataclasses.fields(LoopConfig)})
 
 
@@ -146,7 +150,7 @@ def load_config_file(spec: str) -> dict[str, Any]:
     assert module_spec and module_spec.loader
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    arguments = [variant] if inspect.signature(module.get_config).parameters else []
+    arguments = [variant] if variant and inspect.signature(module.get_config).parameters else []
     try:
         return module.get_config(*arguments).to_dict()
     except KeyError as error:
@@ -167,7 +171,7 @@ def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=holder, sys_argv=arguments)
         rest = holder(arguments)
-    except (flags.Error, AttributeError, TypeError, ValueError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(_override_error(cls, overrides, error)) from error
     if len(rest) > 1:
         raise InputError(

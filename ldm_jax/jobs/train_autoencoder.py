@@ -9,7 +9,7 @@ import numpy as np
 from ldm_jax.data.images import open_images
 from ldm_jax.data.order import Order
 from ldm_jax.jobs.settings import AutoencoderRun
-from ldm_jax.jobs.training import fit
+from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import autoencoder
 from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train.run_dir import open_run
@@ -25,6 +25,10 @@ def run(
     check_batch(config.batch_size, mesh)
     source = open_images(config.images, "train", augment=True, seed=config.seed)
     data = {"listing": source.listing(), "num_examples": len(source)}
+    loss = autoencoder_loss(config.model, config.loss, config.seed)
+    side = config.model.resolution
+    shape = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), "uint8")
+    check_traces(loss, lambda key: autoencoder.init(config.model, key), {"image": shape})
     open_run(workdir, "train-autoencoder", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
@@ -37,7 +41,7 @@ def run(
         mesh,
         init=lambda key: autoencoder.init(config.model, key),
         axes=autoencoder.axes(config.model),
-        loss=autoencoder_loss(config.model, config.loss, config.seed),
+        loss=loss,
         read=read,
         order=Order(len(source), config.seed),
     )

@@ -13,7 +13,7 @@ from ldm_jax.diffusion import process
 from ldm_jax.errors import InputError
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.jobs.settings import DenoiserRun
-from ldm_jax.jobs.training import fit
+from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import denoiser, latents
 from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train.run_dir import open_run
@@ -49,10 +49,18 @@ def run(
         "latent_shape": list(manifest.latent_shape),
         "whitening": {"shift": list(whitening.shift), "scale": list(whitening.scale)},
     }
-    open_run(workdir, "train-denoiser", config, mesh, data)
-
     schedule = process.make_schedule(config.schedule)
+    loss = denoiser_loss(config.model, config.loss, schedule, whitening, config.seed)
     needed = {"moments", *denoiser.condition_names(config.model)}
+    height, width, channels = manifest.latent_shape
+    shapes = {
+        "moments": jax.ShapeDtypeStruct(
+            (config.batch_size, height, width, 2 * channels), "float32"
+        ),
+        "label": jax.ShapeDtypeStruct((config.batch_size,), "int32"),
+    }
+    check_traces(loss, lambda key: denoiser.init(config.model, key), shapes)
+    open_run(workdir, "train-denoiser", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         batch = cache.read(indices, positions, flip=config.flip, seed=config.seed)
@@ -65,7 +73,7 @@ def run(
         mesh,
         init=lambda key: denoiser.init(config.model, key),
         axes=denoiser.axes(config.model),
-        loss=denoiser_loss(config.model, config.loss, schedule, whitening, config.seed),
+        loss=loss,
         read=read,
         order=cache.order(config.seed),
     )

@@ -11,12 +11,30 @@ from jax.sharding import Mesh
 
 from ldm_jax.data import stream
 from ldm_jax.data.order import Order
+from ldm_jax.errors import InputError
 from ldm_jax.jobs.settings import Run, loop_config
 from ldm_jax.keys import key_for
 from ldm_jax.sharding import process_slice
 from ldm_jax.train import loop, optim
 from ldm_jax.train.state import TrainState, init_state
 from ldm_jax.train.steps import Loss, make_step
+
+
+def check_traces(loss: Loss, init: Callable[[jax.Array], Any], batch: Any) -> None:
+    """Traces the loss on shapes alone, so that a model that can't run is refused before anything.
+
+    Raises InputError with the reason.
+    """
+    try:
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        jax.eval_shape(lambda k, b: loss(init(k), b, 0), key, batch)
+    except InputError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"config.model does not fit together: {reason}; check its sizes"
+        ) from error
 
 
 def fit(

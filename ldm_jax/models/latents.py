@@ -63,6 +63,11 @@ def whitening(
     and divide by the deviation of each channel; `none`: latents as they are (LDM's VQ models).
     """
     count = len(mean)
+    if len(std) != count or not all(0 < s < float("inf") for s in (*std, global_std)):
+        raise InputError(
+            f"latent statistics std {std} and {global_std} must be {count} positive finite numbers "
+            "and one more; write the latent cache anew"
+        )
     kinds = {
         "global": Whitening((0.0,) * count, (global_std,) * count),
         "channel": Whitening(tuple(mean), tuple(std)),

@@ -203,8 +203,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def check_groups(widths: list[int], groups: int, what: str) -> None:
-    """Raises ValueError unless every width divides into the normalisation groups."""
-    bad = sorted({w for w in widths if w % groups})
+    """Raises InputError unless every width is positive and divides into the norm's groups."""
+    if groups < 1:
+        raise InputError(f"{what}: norm_groups {groups} must be at least 1")
+    bad = sorted({w for w in widths if w % groups or w < 1})
     if bad:
         raise InputError(
             f"{what}: width(s) {bad} must divide by norm_groups {groups}; change `width`, "

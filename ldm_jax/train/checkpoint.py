@@ -44,6 +44,12 @@ class Checkpoints:
         )
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._mark = Path(workdir) / ".checkpointed"
+        if not read_only and self._mark.exists() and self.latest() is None:
+            raise InputError(
+                f"workdir {workdir} had checkpoints and holds none now; put them back, or use a "
+                "new workdir to start afresh"
+            )
 
     def latest(self) -> int | None:
         """The newest complete step, by number; None when there is none."""
@@ -63,6 +69,8 @@ class Checkpoints:
             items["ema"] = ocp.args.StandardSave(state.ema)
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise RuntimeError(f"checkpoint of step {step} was not written to {self.folder}")
+        if jax.process_index() == 0 and len(self._manager.all_steps()) > 1:
+            self._mark.touch()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of `step`, placed as `like` (shapes, types, shardings) says, and its meta.
@@ -129,6 +137,8 @@ class Checkpoints:
     def wait(self) -> None:
         """Blocks until everything that was saved is on disk."""
         self._manager.wait_until_finished()
+        if jax.process_index() == 0 and self._manager.latest_step() is not None:
+            self._mark.touch()
 
     def close(self) -> None:
         self._manager.close()
@@ -164,13 +174,11 @@ class Weights:
     which: str  # "ema" | "params"
 
 
-def load_weights(
-    workdir: Path, like: Any, *, which: str = "auto", step: int | None = None
-) -> Weights:
+def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = None) -> Weights:
     """Parameters of a finished or running training, for sampling, caching and evaluation.
 
-    `like` gives shapes and shardings; `which` is "ema", "params" or "auto" (the average when the
-    run keeps one).
+    `like` gives shapes and shardings; `which` is "ema" or "params". Raises InputError when the
+    checkpoint lacks them: one never stands in for the other.
     """
     nothing = InputError(f"workdir {workdir} holds no checkpoint; train it first")
     if not (Path(workdir) / "checkpoints").is_dir():
@@ -182,8 +190,6 @@ def load_weights(
             raise nothing
         if not (checkpoints.folder / str(step)).is_dir():
             raise InputError(f"workdir {workdir} holds no checkpoint of step {step}")
-        if which == "auto":
-            which = "ema" if "ema" in checkpoints.items(step) else "params"
         return Weights(checkpoints.restore_item(step, which, like), step, which)
     finally:
         checkpoints.close()

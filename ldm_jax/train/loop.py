@@ -1,13 +1,15 @@
 """The loop around a training step: data in, metrics out one step late, checkpoints, clean stops."""
 
 import dataclasses
+import fcntl
+import math
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -98,12 +100,20 @@ def train(
     data position is the step and nothing else. Raises whatever the data raises, after saving the
     last complete step; exits with 128 + signal when asked to stop, likewise.
     """
+    is_main = jax.process_index() == 0
+    lock = lock_workdir(workdir) if is_main else None
     checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every)
     meter, start = Meter(), checkpoints.latest() or 0
+    if start > config.num_steps:
+        raise InputError(
+            f"num_steps {config.num_steps} is less than the {start} that workdir {workdir} has "
+            "done; give a larger number, or train in a new workdir"
+        )
     if start:
-        state, meta = checkpoints.restore(start, abstract_like(state))
+        like = abstract_like(state)
+        jax.tree.map(lambda x: x.delete(), state)  # two states would not fit where one just does
+        state, meta = checkpoints.restore(start, like)
         meter = Meter(meta["pending_metrics"])
-    is_main = jax.process_index() == 0
     writer = make_writer(workdir, resume_step=start, is_main=is_main)
     save = lambda: checkpoints.save(state, {"pending_metrics": meter.pending})  # noqa: E731
     bar = _progress(name, start, config.num_steps, is_main)
@@ -148,12 +158,40 @@ def train(
         checkpoints.close()
         writer.close()
         stream.close()
+        if lock:
+            lock.close()
     return state
+
+
+def lock_workdir(workdir: Path) -> IO[str] | None:
+    """Keeps a second training out of `workdir` until the file is closed or the process ends.
+
+    Raises InputError when one is running there. None where the file system knows no locks.
+    """
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    file = (Path(workdir) / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise InputError(
+            f"workdir {workdir} is in use by another training; wait for it, stop it or use another"
+        ) from error
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def _record(metrics, meter, done, config, writer, clock, clock_step, batch_size) -> None:
     """Takes in the metrics of the `done`-th step and writes a line when one is due."""
     meter.add(metrics)
+    loss = meter.pending[-1].get("loss", 0.0)
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss of step {done} is {loss}: training has diverged, and this was not "
+            "saved; lower optim.lr or set optim.clip_norm, and start anew from an earlier checkpoint"
+        )
     if done % config.log_every and done != config.num_steps:
         return
     rate = (done - clock_step) / max(time.perf_counter() - clock, 1e-9)

@@ -1,6 +1,7 @@
 """The optimizer of a run, from optax."""
 
 import dataclasses
+import math
 
 import optax
 
@@ -26,6 +27,14 @@ class Config:
     clip_norm: float = 0.0  # global gradient norm; 0 = no clipping
 
     def __post_init__(self):
+        for name in ("lr", "warmup_steps", "weight_decay", "clip_norm", "final_lr_fraction", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(
+                    f"optim {name} {getattr(self, name)} must be finite and not negative"
+                )
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"optim {name} {getattr(self, name)} must be in [0, 1)")
         if self.schedule not in SCHEDULES:
             raise InputError(
                 f"optim schedule {self.schedule!r} is unknown; choose one of {SCHEDULES}"

@@ -81,7 +81,16 @@ def read_run(workdir: Path) -> dict[str, Any]:
             f"workdir {workdir} holds no run.json: it is not the run directory of a training; "
             "check the path, or give --config to start one there"
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"job", "config", "data"} - set(record)
+        if missing:
+            raise KeyError(missing)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{path} is damaged ({type(error).__name__}); put back a copy, or use a new workdir"
+        ) from error
+    return record
 
 
 def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax import cli
+from ldm_jax.train.loop import lock_workdir
 from tests import tiny
 
 AUTOENCODER = [
@@ -172,3 +173,53 @@ def test_classes_must_be_numbers(capsys, tmp_path):
     line = refused(capsys, ["sample", f"--workdir={tmp_path}", "--classes=cat"])
     assert "'cat'" in line
     assert "0,3,7" in line
+
+
+@pytest.fixture
+def copy(first_stage, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(first_stage, workdir, ignore=shutil.ignore_patterns("latents"))
+    return workdir
+
+
+def test_vanished_checkpoints_are_refused_and_the_log_is_kept(capsys, copy):
+    shutil.rmtree(copy / "checkpoints")
+    before = (copy / "metrics.jsonl").read_bytes()
+    line = refused(capsys, ["train-autoencoder", f"--workdir={copy}"])
+    assert "had checkpoints and holds none now" in line
+    assert (copy / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_missing_average_is_refused_not_replaced(capsys, copy):
+    shutil.rmtree(copy / "checkpoints" / "3" / "ema")
+    assert "lacks ['ema']" in refused(capsys, ["cache-latents", f"--workdir={copy}"])
+    assert not (copy / "latents" / "train").exists()
+
+
+def test_a_second_training_in_a_workdir_is_refused(capsys, copy):
+    lock = lock_workdir(copy)
+    line = refused(capsys, ["train-autoencoder", "--config.num_steps=4", f"--workdir={copy}"])
+    assert "in use by another training" in line
+    lock.close()
+
+
+def test_fewer_steps_than_done_are_refused(capsys, copy):
+    line = refused(capsys, ["train-autoencoder", "--config.num_steps=2", f"--workdir={copy}"])
+    assert "num_steps 2 is less than the 3" in line
+
+
+def test_a_damaged_run_json_is_refused(capsys, copy):
+    for text in ("{", "[]", "{}"):
+        (copy / "run.json").write_text(text)
+        assert "run.json is damaged" in refused(capsys, ["evaluate", f"--workdir={copy}"])
+
+
+def test_a_diverged_loss_stops_the_run_before_it_is_saved(capsys, tmp_path):
+    arguments = [*AUTOENCODER, "--config.optim.lr=1e30", f"--workdir={tmp_path / 'w'}"]
+    assert "training has diverged" in refused(capsys, arguments)
+    assert not list((tmp_path / "w" / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_workdir_that_cannot_be_written_is_refused(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file" in refused(capsys, [*AUTOENCODER, f"--workdir={tmp_path / 'file' / 'w'}"])

@@ -106,7 +106,10 @@ def test_files_have_the_layout_of_adm(workdir, reference):
         ({"num": 0}, "num 0 must be at least 1"),
         ({"batch_size": 12}, "must divide by 8"),
         ({"noise": "absent.npy"}, "absent.npy cannot be read"),
-        ({"guidance": -1.0}, "guidance -1.0 must not be negative"),
+        ({"guidance": float("nan")}, "guidance nan must be finite"),
+        ({"eta": -0.5}, "eta -0.5 must be in"),
+        ({"seed": -1}, "seed -1 must be in"),
+        ({"guidance": -1.0}, "guidance -1.0 must be finite and not negative"),
     ],
 )
 def test_bad_settings_are_refused(model, change, words):

@@ -195,16 +195,16 @@ def test_checkpoint_of_a_killed_run_is_not_half_there(tmp_path, state, opened):
 
 def test_weights_are_the_average_when_there_is_one(saved, state):
     like = abstract_like(state).params
-    for which, want in (("auto", state.ema), ("ema", state.ema), ("params", state.params)):
+    for which, want in (("ema", state.ema), ("params", state.params)):
         weights = load_weights(saved, like, which=which)
-        assert (weights.step, weights.which) == (3, "params" if which == "params" else "ema")
+        assert (weights.step, weights.which) == (3, which)
         same(weights.params, want)
 
 
 def test_weights_of_a_run_without_average_are_the_parameters(tmp_path):
     plain = at(make_state(with_ema=False), 2)
     save(tmp_path, plain)
-    weights = load_weights(tmp_path, abstract_like(plain).params)
+    weights = load_weights(tmp_path, abstract_like(plain).params, which="params")
     assert weights.which == "params"
     same(weights.params, plain.params)
     with pytest.raises(InputError, match=r"lacks \['ema'\]"):
@@ -214,9 +214,9 @@ def test_weights_of_a_run_without_average_are_the_parameters(tmp_path):
 def test_weights_that_are_not_there_are_refused(tmp_path, saved, state):
     like = abstract_like(state).params
     with pytest.raises(InputError, match="holds no checkpoint; train it first"):
-        load_weights(tmp_path / "new", like)
+        load_weights(tmp_path / "new", like, which="ema")
     with pytest.raises(InputError, match="holds no checkpoint of step 12"):
-        load_weights(saved, like, step=12)
+        load_weights(saved, like, which="ema", step=12)
 
 
 def test_reading_weights_of_a_running_training_touches_nothing(tmp_path, state):
@@ -225,8 +225,8 @@ def test_reading_weights_of_a_running_training_touches_nothing(tmp_path, state):
     running = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp-1" / "params"
     running.mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    assert load_weights(tmp_path, abstract_like(state).params).step == 3
+    assert load_weights(tmp_path, abstract_like(state).params, which="ema").step == 3
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(InputError, match="holds no checkpoint; train it first"):
-        load_weights(tmp_path / "typo", abstract_like(state).params)
+        load_weights(tmp_path / "typo", abstract_like(state).params, which="ema")
     assert not (tmp_path / "typo").exists()
