@@ -190,7 +190,7 @@ def _record(metrics, meter, done, config, writer, clock, clock_step, batch_size)
     if not math.isfinite(loss):
         raise InputError(
             f"the loss of step {done} is {loss}: training has diverged, and this was not "
-            "saved; lower optim.lr or set optim.clip_norm, and start anew from an earlier checkpoint"
+            "saved; use a lower optim.lr or a smaller optim.clip_norm, in a new workdir"
         )
     if done % config.log_every and done != config.num_steps:
         return
