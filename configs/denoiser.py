@@ -66,9 +66,9 @@ def _published(
 def _digits():
     c = ml_collections.ConfigDict()
     c.batch_size = 64
-    c.num_steps = 1000
+    c.num_steps = 900
     c.log_every = 25
-    c.checkpoint_every = 250
+    c.checkpoint_every = 300
     c.whitening = "channel"
     c.model = ml_collections.ConfigDict(
         {
