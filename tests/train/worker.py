@@ -24,10 +24,12 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
     if index == 0:
         np.savez(out / "draws.npz", *drawn)
     mesh = MeshConfig(2, 4, 1)
-    autoencoder = dataclasses.replace(tiny.AUTOENCODER, mesh=mesh, num_steps=4, checkpoint_every=4)
+    autoencoder = dataclasses.replace(
+        tiny.AUTOENCODER, mesh=mesh, num_steps=10, checkpoint_every=10
+    )
     train_autoencoder.run(autoencoder, out / "autoencoder")
     denoiser = dataclasses.replace(
-        tiny.DENOISER, mesh=mesh, num_steps=4, checkpoint_every=4, autoencoder=str(first_stage)
+        tiny.DENOISER, mesh=mesh, num_steps=10, checkpoint_every=10, autoencoder=str(first_stage)
     )
     train_denoiser.run(denoiser, out / "denoiser")
     settings = cache_latents.Settings(batch_size=64, pack=8, shard_examples=64)
