@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -140,6 +140,16 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) ->
     )
 
 
+def abstract_params(init: Callable[[jax.Array], Any], axes: Any, mesh: Mesh) -> Any:
+    """Shapes, types and shardings of the parameters that `init` makes from a key; none are made."""
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        param_shardings(axes, shapes, mesh),
+    )
+
+
 def state_shardings(state: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """Shardings for a whole train state, derived from the parameters' logical axes alone.
 
@@ -148,13 +158,13 @@ def state_shardings(state: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> 
     """
     is_names = lambda x: isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)  # noqa: E731
     by_path = {
-        tuple(_key_name(k) for k in path): names
+        tuple(key_name(k) for k in path): names
         for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_names)
     }
     depths = {len(path) for path in by_path}
 
     def sharding(path, leaf):
-        keys = tuple(_key_name(k) for k in path)
+        keys = tuple(key_name(k) for k in path)
         for depth in depths:
             names = by_path.get(keys[-depth:])
             if names is not None and len(names) == len(leaf.shape):
@@ -164,7 +174,8 @@ def state_shardings(state: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> 
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def _key_name(key: Any) -> str:
+def key_name(key: Any) -> str:
+    """The plain text of one key of a tree path, whatever kind of node it came from."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ldm_jax.errors import InputError
 from ldm_jax.jobs.settings import AutoencoderRun, build
 from ldm_jax.models import autoencoder
-from ldm_jax.sharding import host_array, param_shardings
+from ldm_jax.sharding import abstract_params, host_array
 from ldm_jax.train.checkpoint import load_weights
 from ldm_jax.train.run_dir import read_run
 
@@ -38,13 +38,8 @@ def load_first_stage(workdir: str | Path, mesh: Mesh) -> FirstStage:
             "`ldm train-autoencoder`"
         )
     run = build(AutoencoderRun, record["config"])
-    shapes = jax.eval_shape(lambda: autoencoder.init(run.model, jax.random.key(0)))
-    shardings = param_shardings(autoencoder.axes(run.model), shapes, mesh)
-    like = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    axes = autoencoder.axes(run.model)
+    like = abstract_params(lambda key: autoencoder.init(run.model, key), axes, mesh)
     which = "ema" if run.ema.decay else "params"
     weights = load_weights(Path(workdir), like, which=which)
     return FirstStage(run, weights.params, weights.step, tree_hash(weights.params["encoder"]))

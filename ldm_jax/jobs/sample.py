@@ -22,11 +22,11 @@ from ldm_jax.keys import example_keys, key_for, normal_like
 from ldm_jax.models import autoencoder, conditioners, denoiser, latents
 from ldm_jax.sharding import (
     MeshConfig,
+    abstract_params,
     batch_sharding,
     check_batch,
     host_array,
     make_mesh,
-    param_shardings,
     use_mesh,
 )
 from ldm_jax.train.checkpoint import load_weights
@@ -80,13 +80,8 @@ def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = Mesh
             f"the denoiser saw latents of {data['encoder_hash'][:12]}; give back the weights "
             "it was trained with, or cache and train anew"
         )
-    shapes = jax.eval_shape(lambda: denoiser.init(run.model, jax.random.key(0)))
-    shardings = param_shardings(denoiser.axes(run.model), shapes, mesh)
-    like = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
+    axes = denoiser.axes(run.model)
+    like = abstract_params(lambda key: denoiser.init(run.model, key), axes, mesh)
     if settings.step < -1:
         raise InputError(
             f"step {settings.step} must be a checkpoint's; leave it out for the newest"

@@ -16,6 +16,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from ldm_jax.errors import InputError
+from ldm_jax.sharding import key_name
 from ldm_jax.train.state import TrainState
 
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -152,17 +153,10 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape. Named tuples are stored by field or index: only keys' texts count."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {
-        "/".join(_text(k) for k in path): tuple(leaf.shape)
+        "/".join(key_name(k) for k in path): tuple(leaf.shape)
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
-
-
-def _text(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 @dataclasses.dataclass(frozen=True)
