@@ -63,10 +63,11 @@ class LatentCache:
     def read(
         self, indices: np.ndarray, positions: np.ndarray, *, flip: bool = False, seed: int = 0
     ) -> Batch:
-        """{"moments": f32 [b, H, W, 2C], "label": int32 [b], with captions "caption": str [b]}.
+        """{"moments": f32 [b, *moments_shape], "label": int32 [b]}, "caption" str [b] too.
 
-        Moments are the mean, then logvar, along the last axis. With `flip`, those of the mirrored
-        image take their place with probability 1/2, drawn from (seed, stream position) alone.
+        Moments are the mean, then logvar, along the last axis, or the latent itself. With `flip`,
+        those of the mirrored image take their place with probability 1/2, drawn from (seed,
+        stream position) alone.
         Raises InputError when the cache holds no mirrored moments or is damaged.
         """
         manifest = self.manifest
@@ -79,9 +80,8 @@ class LatentCache:
         flips = draws.uniforms(seed, "flip", positions)[:, 0] < 0.5 if flip else None
         numbers, slots = np.divmod(indices, manifest.pack)
         records = self._records(np.unique(numbers))
-        height, width, channels = manifest.latent_shape
         stored = np.uint16 if manifest.dtype == "bfloat16" else np.float32
-        moments = np.empty((len(indices), height, width, 2 * channels), stored)
+        moments = np.empty((len(indices), *manifest.moments_shape), stored)
         labels = np.empty(len(indices), np.int32)
         captions = [""] * len(indices)
         for number, record in records.items():

@@ -11,6 +11,7 @@ from ldm_jax.errors import InputError
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16")
+POSTERIORS = ("gaussian", "point")
 MANIFEST, SPEC = "manifest.json", "spec.json"
 
 
@@ -22,11 +23,12 @@ class Spec:
     images: dict[str, Any]  # the recipe: source, resolution, resize and crop
     data_fingerprint: str  # sha256 hex
     split: str
-    latent_shape: tuple[int, int, int]  # (H, W, C); moments are [H, W, 2C]: mean, then logvar
+    latent_shape: tuple[int, int, int]  # (H, W, C)
     num_examples: int
     num_classes: int
     class_names: tuple[str, ...]
     has_captions: bool
+    posterior: str = "gaussian"  # moments [H,W,2C]: mean, logvar | "point": the latent [H,W,C]
     dtype: str = "float32"  # of the stored moments
     mirrored: bool = True  # the mirrored image's moments are stored too, so flips stay a draw
     pack: int = 32  # examples in a record
@@ -37,6 +39,10 @@ class Spec:
         if self.dtype not in DTYPES:
             raise InputError(
                 f"latent cache dtype {self.dtype!r} is unknown; choose one of {DTYPES}"
+            )
+        if self.posterior not in POSTERIORS:
+            raise InputError(
+                f"latent cache posterior {self.posterior!r} is unknown; choose one of {POSTERIORS}"
             )
         if min(self.num_examples, self.pack, self.shard_examples) < 1:
             raise InputError(
@@ -52,6 +58,12 @@ class Spec:
         # JSON gives lists; equality must not depend on the way round the file.
         object.__setattr__(self, "latent_shape", tuple(self.latent_shape))
         object.__setattr__(self, "class_names", tuple(self.class_names))
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        """What one example's moments are: (H, W, 2C) of a Gaussian, (H, W, C) of a point."""
+        height, width, channels = self.latent_shape
+        return (height, width, 2 * channels if self.posterior == "gaussian" else channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +85,7 @@ class WrittenShard:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest(Spec):
-    """A finished cache. The statistics are of posterior draws z = mean + exp(logvar / 2) eps."""
+    """A finished cache. The statistics are of latents mean + exp(logvar / 2) eps, or of points."""
 
     mean: tuple[float, ...]  # [C]
     std: tuple[float, ...]  # [C]

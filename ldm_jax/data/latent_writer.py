@@ -71,9 +71,10 @@ def missing_shards(directory: str | Path, spec: Spec) -> tuple[Shard, ...]:
 def write_shard(directory: str | Path, spec: Spec, shard: Shard, batches: Iterable[Batch]) -> None:
     """Writes one shard from its examples, in data set order, in batches of any size.
 
-    A batch holds "moments" and, where the spec says so, "moments_mirrored" (f32 [b, H, W, 2C]),
-    "label" int [b], "index" int [b] and, with captions, "caption" str [b]. Raises InputError when
-    moments are not finite. Until the last byte is on disk the shard does not exist.
+    A batch holds "moments" and, where the spec says so, "moments_mirrored" (f32
+    [b, *spec.moments_shape]), "label" int [b], "index" int [b] and, with captions,
+    "caption" str [b]. Raises InputError when moments are not finite. Until the last byte is on disk
+    the shard does not exist.
     """
     path = Path(directory) / shard.name
     partial = path.with_name(f"{path.name}.partial")
@@ -85,7 +86,7 @@ def write_shard(directory: str | Path, spec: Spec, shard: Shard, batches: Iterab
         for record in _packed(batches, spec.pack):
             _check(record, spec, shard.start + written)
             record["moments"] = record["moments"].astype(_numpy_dtype(spec))
-            _add(sums, record["moments"])
+            _add(sums, record["moments"], spec)
             writer.write(_encode(record, spec))
             written += len(record["index"])
         assert written == shard.num_examples, f"{shard} got {written} examples"
@@ -149,10 +150,9 @@ def _check(record: Batch, spec: Spec, start: int) -> None:
     assert np.array_equal(record["index"], np.arange(start, start + n)), (
         f"the examples from {start} on must come in order, not {record['index']}"
     )
-    height, width, channels = spec.latent_shape
     for name in ("moments", "moments_mirrored") if spec.mirrored else ("moments",):
         shape = record[name].shape
-        assert shape == (n, height, width, 2 * channels), f"{name} {shape} for {spec.latent_shape}"
+        assert shape == (n, *spec.moments_shape), f"{name} {shape} for {spec.moments_shape}"
         bad = ~np.isfinite(record[name]).all(axis=(1, 2, 3))
         if bad.any():
             raise InputError(
@@ -161,12 +161,14 @@ def _check(record: Batch, spec: Spec, start: int) -> None:
             )
 
 
-def _add(sums: dict[str, np.ndarray], moments: np.ndarray) -> None:
+def _add(sums: dict[str, np.ndarray], moments: np.ndarray, spec: Spec) -> None:
     """Adds up what is stored, rounded as it is, over examples and grid."""
-    mean, logvar = np.split(moments.astype(np.float64), 2, axis=-1)
+    mean = moments.astype(np.float64)
+    if spec.posterior == "gaussian":
+        mean, logvar = np.split(mean, 2, axis=-1)
+        sums["variance"] += np.exp(np.clip(logvar, -30, 20)).sum((0, 1, 2))
     sums["mean"] += mean.sum((0, 1, 2))
     sums["mean_squared"] += (mean**2).sum((0, 1, 2))
-    sums["variance"] += np.exp(np.clip(logvar, -30, 20)).sum((0, 1, 2))
 
 
 def _encode(record: Batch, spec: Spec) -> bytes:

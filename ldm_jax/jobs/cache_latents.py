@@ -74,6 +74,7 @@ def make_spec(
         num_classes=source.num_classes,
         class_names=source.class_names,
         has_captions=source.has_captions,
+        posterior="gaussian" if first_stage.config.latent == "kl" else "point",
         dtype=settings.dtype,
         mirrored=settings.mirrored,
         pack=settings.pack,
@@ -82,7 +83,7 @@ def make_spec(
 
 
 def compile_encoder(first_stage: FirstStage, mesh: Mesh, mirrored: bool):
-    """(params, uint8 images [B,H,W,3]) -> moments f32 [B,h,w,2C], of the mirrored images too."""
+    """(params, uint8 images [B,H,W,3]) -> moments f32 [B,h,w,2C or C], mirrored too."""
 
     def encode(params, image):
         with use_mesh(mesh):

@@ -14,7 +14,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.eval import digits, frechet, reconstruction
 from ldm_jax.jobs import sample
 from ldm_jax.jobs.first_stage import FirstStage, load_first_stage
-from ldm_jax.models import autoencoder, latents
+from ldm_jax.models import autoencoder
 from ldm_jax.sharding import MeshConfig, batch_sharding, host_array, make_mesh, use_mesh
 from ldm_jax.train.run_dir import read_run
 
@@ -58,7 +58,9 @@ def reconstruct(
     def forward(params, image):
         with use_mesh(mesh):
             x = autoencoder.to_unit(image)
-            z = latents.mode(autoencoder.encode(first_stage.config, params, x))
+            z = autoencoder.mode(
+                first_stage.config, autoencoder.encode(first_stage.config, params, x)
+            )
             return autoencoder.to_uint8(autoencoder.decode(first_stage.config, params, z))
 
     forward = jax.jit(forward, out_shardings=batch_sharding(mesh))

@@ -52,11 +52,8 @@ def run(
     schedule = process.make_schedule(config.schedule)
     loss = denoiser_loss(config.model, config.loss, schedule, whitening, config.seed)
     needed = {"moments", *denoiser.condition_names(config.model)}
-    height, width, channels = manifest.latent_shape
     shapes = {
-        "moments": jax.ShapeDtypeStruct(
-            (config.batch_size, height, width, 2 * channels), "float32"
-        ),
+        "moments": jax.ShapeDtypeStruct((config.batch_size, *manifest.moments_shape), "float32"),
         "label": jax.ShapeDtypeStruct((config.batch_size,), "int32"),
     }
     check_traces(loss, lambda key: denoiser.init(config.model, key), shapes)

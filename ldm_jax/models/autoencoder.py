@@ -1,4 +1,7 @@
-"""The convolutional first stage: images to the moments of a diagonal Gaussian latent, and back.
+"""The convolutional first stage: images to a latent, and back.
+
+The latent is a diagonal Gaussian ("kl"), a point that decoding snaps to a codebook ("vq"), or the
+image itself ("identity", for diffusion on pixels).
 
 Encoder, decoder and 1x1 adapters as published (Rombach et al., CVPR 2022; the architecture is that
 of Esser et al., CVPR 2021): no tanh, no clamp, attention always in the middle, group norm with
@@ -13,8 +16,10 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.errors import InputError
+from ldm_jax.models import latents, quantizer
 from ldm_jax.models.layers import (
     Conv,
+    Declared,
     GroupNorm,
     attend,
     check_groups,
@@ -25,25 +30,41 @@ from ldm_jax.models.layers import (
     resolve_dtype,
     upsample_nearest,
 )
+from ldm_jax.models.quantizer import Config as QuantizerConfig
 from ldm_jax.sharding import constrain
+
+LATENTS = ("kl", "vq", "identity")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """A first stage with downsampling factor 2 ** (len(width_multipliers) - 1)."""
 
+    latent: str = "kl"  # "kl" Gaussian | "vq" codebook | "identity" the image, nothing learnt
     resolution: int = 256  # image side; only decides where attention sits
     image_channels: int = 3
     width: int = 128  # channels at full resolution
     width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
     attention_resolutions: tuple[int, ...] = ()  # sides of the feature maps that attend
+    middle_attention: bool = True  # False: attention-free, for decoding large images
     z_channels: int = 4  # at the bottleneck, before the 1x1 adapter
     latent_channels: int = 4  # C of the latent
     norm_groups: int = 32
+    quantizer: QuantizerConfig = QuantizerConfig()  # read where latent is "vq"
     compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on the CPU
 
     def __post_init__(self):
+        if self.latent not in LATENTS:
+            raise InputError(f"latent {self.latent!r} is unknown; choose one of {LATENTS}")
+        if self.latent == "identity":
+            if (len(self.width_multipliers), self.latent_channels) != (1, self.image_channels):
+                raise InputError(
+                    f"an identity first stage has one level and the image's channels, not "
+                    f"width_multipliers {self.width_multipliers} and latent_channels "
+                    f"{self.latent_channels}; set them to (1,) and {self.image_channels}"
+                )
+            return
         check_groups(
             [self.width * m for m in self.width_multipliers], self.norm_groups, "autoencoder"
         )
@@ -61,6 +82,11 @@ class Config:
     def latent_shape(self) -> tuple[int, int, int]:
         side = self.resolution // self.factor
         return (side, side, self.latent_channels)
+
+    @property
+    def moment_channels(self) -> int:
+        """Channels that `encode` gives: 2C (mean, log-variance) of a Gaussian, C of a point."""
+        return 2 * self.latent_channels if self.latent == "kl" else self.latent_channels
 
     @property
     def dtype(self) -> Any:
@@ -104,7 +130,8 @@ def _conv1x1(features, dtype, name):
 
 def _middle(x, config):
     x = _ResBlock(x.shape[-1], config, name="mid_block1")(x)
-    x = _Attention(config, name="mid_attention")(x)
+    if config.middle_attention:
+        x = _Attention(config, name="mid_attention")(x)
     return _ResBlock(x.shape[-1], config, name="mid_block2")(x)
 
 
@@ -127,8 +154,9 @@ class _Encoder(nn.Module):
                 x = down(x)
         x = _middle(x, c)
         x = nn.swish(GroupNorm(c.norm_groups, name="norm_out")(x))
-        x = Conv(2 * c.z_channels, dtype=dtype, name="conv_out")(x)
-        return _conv1x1(2 * c.latent_channels, dtype, "adapter")(x).astype(jnp.float32)
+        z_channels = 2 * c.z_channels if c.latent == "kl" else c.z_channels
+        x = Conv(z_channels, dtype=dtype, name="conv_out")(x)
+        return _conv1x1(c.moment_channels, dtype, "adapter")(x).astype(jnp.float32)
 
 
 class _Decoder(nn.Module):
@@ -148,17 +176,29 @@ class _Decoder(nn.Module):
             if i:
                 x = upsample_nearest(x)
                 x = Conv(x.shape[-1], dtype=dtype, name=f"level{i}_upsample")(x)
-        x = nn.swish(GroupNorm(c.norm_groups, name="norm_out")(x))
-        return Conv(c.image_channels, dtype=dtype, name="conv_out")(x).astype(jnp.float32)
+        return nn.swish(GroupNorm(c.norm_groups, name="norm_out")(x))
+
+
+def _last_layer(config):
+    return Conv(config.image_channels, dtype=config.dtype, name="conv_out")
 
 
 def _declared(config: Config) -> Any:
+    if config.latent == "identity":
+        return {"encoder": {}, "decoder": {}}
     x = jnp.zeros((1, config.resolution, config.resolution, config.image_channels))
     z = jnp.zeros((1, *config.latent_shape))
-    return {
-        "encoder": declarations(_Encoder(config), x),
-        "decoder": declarations(_Decoder(config), z),
-    }
+    features = jnp.zeros((1, 1, 1, config.width * config.width_multipliers[0]))
+    decoder = declarations(_Decoder(config), z)
+    decoder["conv_out"] = declarations(_last_layer(config), features)
+    declared = {"encoder": declarations(_Encoder(config), x), "decoder": decoder}
+    if config.latent == "vq":
+        n = config.quantizer.codebook_size
+        codebook = jnp.zeros((n, config.latent_channels))
+        declared["quantizer"] = {
+            "codebook": Declared(codebook, quantizer.axes()["codebook"], 1 / n, 0.0)
+        }
+    return declared
 
 
 def init(config: Config, key: jax.Array) -> Any:
@@ -182,12 +222,46 @@ def to_uint8(x: jax.Array) -> jax.Array:
 
 
 def encode(config: Config, params: Any, x: jax.Array) -> jax.Array:
-    """Images f32 [B,H,W,3] in [-1,1] -> moments f32 [B,H/f,W/f,2C]: mean, then log-variance."""
+    """Images f32 [B,H,W,3] in [-1,1] -> moments f32 [B,H/f,W/f,2C]: mean, then log-variance.
+
+    A latent that is no distribution ("vq", "identity") is given itself, [B,H/f,W/f,C]; that of a
+    VQ model is not yet quantized, as published.
+    """
+    if config.latent == "identity":
+        return x
     x = constrain(x, "batch", "height", "width", "channels")
     return _Encoder(config).apply({"params": params["encoder"]}, x)
 
 
 def decode(config: Config, params: Any, z: jax.Array) -> jax.Array:
-    """Latents f32 [B,h,w,C], as the encoder gives them (unwhitened) -> images f32 [B,hf,wf,3]."""
+    """Latents f32 [B,h,w,C], as the encoder gives them (unwhitened) -> images f32 [B,hf,wf,3].
+
+    A VQ model snaps them to its codebook first.
+    """
+    if config.latent == "identity":
+        return z
+    if config.latent == "vq":
+        z = quantizer.quantize(params["quantizer"]["codebook"], z)[0]
+    return to_image(config, params, decode_features(config, params, z))
+
+
+def decode_features(config: Config, params: Any, z: jax.Array) -> jax.Array:
+    """The decoder up to its last layer, [B,h,w,C] -> [B,hf,wf,width]; nothing is quantized."""
     z = constrain(z, "batch", "height", "width", "channels")
     return _Decoder(config).apply({"params": params["decoder"]}, z)
+
+
+def to_image(config: Config, params: Any, features: jax.Array) -> jax.Array:
+    """The decoder's last layer, [B,H,W,width] -> f32 [B,H,W,3]."""
+    last = {"params": params["decoder"]["conv_out"]}
+    return _last_layer(config).apply(last, features).astype(jnp.float32)
+
+
+def draw(config: Config, moments: jax.Array, keys: jax.Array) -> jax.Array:
+    """A latent z [B,h,w,C] from what `encode` gave; row i of a Gaussian is drawn with keys[i]."""
+    return latents.draw(moments, keys, config.latent_channels)
+
+
+def mode(config: Config, moments: jax.Array) -> jax.Array:
+    """The latent's most likely value [B,h,w,C] from what `encode` gave."""
+    return latents.mode(moments, config.latent_channels)

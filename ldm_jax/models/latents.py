@@ -21,9 +21,17 @@ def sample(moments: jax.Array, keys: jax.Array) -> jax.Array:
     return mean + jnp.exp(0.5 * logvar) * normal_like(keys, mean)
 
 
-def mode(moments: jax.Array) -> jax.Array:
-    """The posterior's mean [..., C]."""
-    return split_moments(moments)[0]
+def draw(moments: jax.Array, keys: jax.Array, channels: int) -> jax.Array:
+    """A latent z [B,h,w,C]: a posterior draw, or the latent itself where it has no variance.
+
+    moments are [B,h,w,2C] of a Gaussian and [B,h,w,C] of a point; `channels` is C.
+    """
+    return moments if moments.shape[-1] == channels else sample(moments, keys)
+
+
+def mode(moments: jax.Array, channels: int) -> jax.Array:
+    """The most likely latent [..., C]: the posterior's mean, or the latent itself."""
+    return moments if moments.shape[-1] == channels else split_moments(moments)[0]
 
 
 def kl_to_standard_normal(moments: jax.Array) -> jax.Array:

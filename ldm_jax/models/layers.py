@@ -33,13 +33,14 @@ DRAW_SIZE = 2**26  # numbers in one draw of initial values: 256 MiB
 class Declared(flax.struct.PyTreeNode, nn.meta.AxisMetadata):
     """A parameter before it has a value: its logical axes, and the law it starts from.
 
-    It starts as offset + scale * uniform(-1, 1).
+    It starts as offset + scale * uniform(-1, 1), or as offset + scale * a standard normal.
     """
 
     value: Any
     names: tuple = flax.struct.field(pytree_node=False)
     scale: float = flax.struct.field(pytree_node=False)
     offset: float = flax.struct.field(pytree_node=False)
+    normal: bool = flax.struct.field(pytree_node=False, default=False)
 
     def unbox(self):
         return self.value
@@ -88,6 +89,8 @@ def draw_parameters(declared: Any, key: jax.Array) -> Any:
         chunk_key = jax.random.fold_in(key, number)
         draws = jax.random.uniform(chunk_key, (int(stops[-1]),), jnp.float32, -1.0, 1.0)
         for i, draw in zip(members, jnp.split(draws, stops[:-1]), strict=True):
+            if leaves[i].normal:  # by inversion, so that one draw serves both laws
+                draw = math.sqrt(2) * jax.lax.erf_inv(draw)
             values[i] = values[i] + leaves[i].scale * draw.reshape(leaves[i].value.shape)
     return jax.tree.unflatten(structure, values)
 

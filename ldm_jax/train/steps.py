@@ -70,14 +70,14 @@ def autoencoder_loss(config: autoencoder.Config, loss: AutoencoderLoss, seed: in
 
 
 def denoiser_draws(
-    seed: int, step: jax.Array, moments: jax.Array, num_timesteps: int
+    seed: int, step: jax.Array, moments: jax.Array, channels: int, num_timesteps: int
 ) -> dict[str, jax.Array]:
     """Every random draw of one denoiser step, from the global position in the batch alone.
 
-    moments [B,h,w,2C] -> z [B,h,w,C] (unwhitened), noise like z, t int32 [B], uniform f32 [B].
+    moments [B,h,w,2C or C] -> z [B,h,w,C] (unwhitened), noise like z, t int32 [B], uniform f32 [B].
     """
     keys = lambda purpose: draw_keys(seed, purpose, step, moments.shape[0])  # noqa: E731
-    z = latents.sample(moments, keys("posterior"))
+    z = latents.draw(moments, keys("posterior"), channels)
     return {
         "z": z,
         "noise": constrain(normal_like(keys("noise"), z), "batch", "height", "width", "channels"),
@@ -93,10 +93,11 @@ def denoiser_loss(
     whitening: latents.Whitening,
     seed: int,
 ) -> Loss:
-    """{"moments": f32 [B,h,w,2C], conditions ...} -> the denoising loss."""
+    """{"moments": f32 [B,h,w,2C or C], conditions ...} -> the denoising loss."""
 
     def compute(params, batch, step):
-        draws = denoiser_draws(seed, step, batch["moments"], schedule.num_timesteps)
+        channels = len(whitening.shift)
+        draws = denoiser_draws(seed, step, batch["moments"], channels, schedule.num_timesteps)
         cond = {name: batch[name] for name in denoiser.condition_names(config)}
         cond = denoiser.drop_condition(config, cond, draws["uniform"] < loss.label_dropout)
         z0 = whitening.whiten(draws["z"])

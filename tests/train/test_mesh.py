@@ -112,7 +112,7 @@ def batches_and_draws(mesh, first_stage, num_steps=3):
 
         def draw(batch, step):
             with use_mesh(mesh):
-                draws = steps.denoiser_draws(3, step, batch["moments"], 1000)
+                draws = steps.denoiser_draws(3, step, batch["moments"], 2, 1000)
                 drop = draws["uniform"] < 0.5
                 cond = {"label": batch["label"]}
                 return draws, denoiser.drop_condition(tiny.DENOISER.model, cond, drop)

@@ -56,11 +56,11 @@ def test_published_kl_weight_belongs_to_the_sums(by_hand):
     np.testing.assert_allclose(with_kl - without, parts["kl"], rtol=1e-4)
 
 
-draw = jax.jit(steps.denoiser_draws, static_argnums=3)
+draw = jax.jit(steps.denoiser_draws, static_argnums=(3, 4))
 
 
 def draws(step=0, seed=0, rows=slice(None)):
-    return draw(np.uint32(seed), np.int32(step), MOMENTS[rows], 1000)
+    return draw(np.uint32(seed), np.int32(step), MOMENTS[rows], MOMENTS.shape[-1] // 2, 1000)
 
 
 def test_every_draw_has_a_key_of_its_own(monkeypatch):
@@ -68,7 +68,7 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
     asked = []
     key_for = steps.key_for
     monkeypatch.setattr(steps, "key_for", lambda *a: asked.append(a[1]) or key_for(*a))
-    d = jax.jit(lambda m: steps.denoiser_draws(0, 0, m, 1000))(MOMENTS)
+    d = jax.jit(lambda m: steps.denoiser_draws(0, 0, m, MOMENTS.shape[-1] // 2, 1000))(MOMENTS)
     assert len(asked) == 4 == len(set(asked))
     mean, logvar = latents.split_moments(jnp.asarray(MOMENTS))
     posterior = (d["z"] - mean) / jnp.exp(logvar / 2)
@@ -88,7 +88,7 @@ def test_draws_of_a_row_depend_on_its_position_the_step_and_the_seed_alone():
 
 def test_draws_have_their_laws():
     many = jnp.zeros((4000, 1, 1, 4)).at[..., :2].set(3.0)
-    d = jax.jit(lambda m: steps.denoiser_draws(0, 5, m, 10))(many)
+    d = jax.jit(lambda m: steps.denoiser_draws(0, 5, m, 2, 10))(many)
     np.testing.assert_allclose(d["z"].mean(), 3.0, atol=5 / 8000**0.5)
     np.testing.assert_allclose(d["noise"].std(), 1.0, atol=5 / 16000**0.5)
     counts = np.bincount(d["t"], minlength=10)

@@ -1,0 +1,77 @@
+"""LPIPS (Zhang et al., CVPR 2018): how different two images look to a VGG16, frozen.
+
+The weights come from a file: `ldm weights lpips --from=FILE` makes one of those that are published.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.sharding import constrain
+
+# Convolutions of VGG16 by block; LPIPS looks at the last activation of each.
+BLOCKS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+# ImageNet's mean and deviation, re-expressed for images in [-1, 1].
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+EPSILON = 1e-10  # added to the norm of a pixel's features
+
+
+def shapes() -> dict[str, Any]:
+    """The tree of parameters as shapes: conv{block}_{i} kernels and biases, lin{block} weights."""
+    tree: dict[str, Any] = {}
+    c_in = 3
+    for b, widths in enumerate(BLOCKS):
+        for i, width in enumerate(widths):
+            tree[f"conv{b}_{i}"] = {
+                "kernel": jax.ShapeDtypeStruct((3, 3, c_in, width), jnp.float32),
+                "bias": jax.ShapeDtypeStruct((width,), jnp.float32),
+            }
+            c_in = width
+        tree[f"lin{b}"] = jax.ShapeDtypeStruct((c_in,), jnp.float32)
+    return tree
+
+
+def features(params: Any, x: jax.Array) -> list[jax.Array]:
+    """Images f32 [B,H,W,3] in [-1,1] -> five maps [B,H/2^i,W/2^i,C_i], f32."""
+    row = lambda v: jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1)  # noqa: E731
+    h = (constrain(x, "batch", "height", "width", "channels") - row(SHIFT)) / row(SCALE)
+    maps = []
+    for b, widths in enumerate(BLOCKS):
+        if b:
+            h = _max_pool(h)
+        for i in range(len(widths)):
+            p = params[f"conv{b}_{i}"]
+            h = jax.lax.conv_general_dilated(
+                h, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            h = jax.nn.relu(h + row(p["bias"]))
+        maps.append(h)
+    return maps
+
+
+def lpips(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The distance of images f32 [B,H,W,3] in [-1,1], f32 [B]; sides of at least 16 pixels.
+
+    No dropout: the published training left that of the linear layers on, which adds noise alone.
+    """
+    distance = jnp.zeros(x.shape[0])
+    pairs = zip(features(params, x), features(params, y), strict=True)
+    for b, (of_x, of_y) in enumerate(pairs):
+        difference = jnp.square(_unit(of_x) - _unit(of_y))
+        distance += jnp.einsum("bhwc,c->bhw", difference, params[f"lin{b}"]).mean((1, 2))
+    return distance
+
+
+def _unit(h):
+    # The root has no gradient at 0, where a pixel excites nothing.
+    square = jnp.square(h).sum(-1, keepdims=True)
+    norm = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return h / (norm + EPSILON)
+
+
+def _max_pool(h):
+    b, height, width, c = h.shape
+    h = h[:, : height // 2 * 2, : width // 2 * 2]
+    return h.reshape(b, height // 2, 2, width // 2, 2, c).max((2, 4))
