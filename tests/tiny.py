@@ -7,8 +7,9 @@ from pathlib import Path
 from ldm_jax.data.images import Config as ImagesConfig
 from ldm_jax.jobs import cache_latents, train_autoencoder
 from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
-from ldm_jax.models import autoencoder, conditioners, denoiser, unet
-from ldm_jax.train import ema, optim
+from ldm_jax.models import autoencoder, conditioners, denoiser, discriminator, unet
+from ldm_jax.train import adversarial, ema, optim
+from ldm_jax.train.first_stage_loss import AutoencoderLoss
 
 AUTOENCODER = AutoencoderRun(
     batch_size=16,
@@ -24,6 +25,10 @@ AUTOENCODER = AutoencoderRun(
         z_channels=2,
         latent_channels=2,
         norm_groups=4,
+    ),
+    loss=AutoencoderLoss(perceptual_weight=0.0),
+    adversarial=adversarial.Config(
+        weight=0.5, start=2, discriminator=discriminator.Config(width=8, num_layers=1)
     ),
     optim=optim.Config(lr=1e-3, warmup_steps=2),
     ema=ema.Config(decay=0.9),

@@ -38,6 +38,9 @@ def load_first_stage(workdir: str | Path, mesh: Mesh) -> FirstStage:
             "`ldm train-autoencoder`"
         )
     run = build(AutoencoderRun, record["config"])
+    if run.model.latent == "identity":
+        params = {"encoder": {}, "decoder": {}}
+        return FirstStage(run, params, 0, tree_hash(params["encoder"]))
     axes = autoencoder.axes(run.model)
     like = abstract_params(lambda key: autoencoder.init(run.model, key), axes, mesh)
     which = "ema" if run.ema.decay else "params"

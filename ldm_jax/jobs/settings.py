@@ -22,10 +22,12 @@ from ldm_jax.errors import InputError
 from ldm_jax.models.autoencoder import Config as AutoencoderConfig
 from ldm_jax.models.denoiser import Config as DenoiserConfig
 from ldm_jax.sharding import MeshConfig
+from ldm_jax.train.adversarial import Config as AdversarialConfig
 from ldm_jax.train.ema import Config as EmaConfig
+from ldm_jax.train.first_stage_loss import AutoencoderLoss, Recipe
 from ldm_jax.train.loop import Config as LoopConfig
 from ldm_jax.train.optim import Config as OptimConfig
-from ldm_jax.train.steps import AutoencoderLoss, DenoiserLoss
+from ldm_jax.train.steps import DenoiserLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +45,38 @@ class AutoencoderRun:
     images: ImagesConfig = ImagesConfig()
     model: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLoss = AutoencoderLoss()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    train: str = "all"  # "all" | "decoder": fine-tune it, and latents already cached stay valid
+    init_from: str = ""  # workdir of a first stage whose weights to begin with; empty = random
     optim: OptimConfig = OptimConfig(b1=0.5, b2=0.9)
     ema: EmaConfig = EmaConfig(decay=0.0)
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         loop_config(self)
+        if self.train not in ("all", "decoder"):
+            raise InputError(f"train {self.train!r} is unknown; choose one of ('all', 'decoder')")
+        if self.loss.perceptual_weight and self.model.resolution < 16:
+            raise InputError(
+                f"model.resolution {self.model.resolution}: the perceptual loss sees images of at "
+                "least 16 pixels a side; set --config.loss.perceptual_weight=0"
+            )
+        layers = self.adversarial.discriminator.num_layers
+        if self.adversarial.weight and self.model.resolution < 3 * 2**layers:
+            raise InputError(
+                f"model.resolution {self.model.resolution}: a discriminator of {layers} layers "
+                f"sees images of at least {3 * 2**layers} pixels a side; use larger images or "
+                "--config.adversarial.discriminator.num_layers=2"
+            )
         if self.images.resolution != self.model.resolution:
             raise InputError(
                 f"images.resolution {self.images.resolution} must equal model.resolution "
                 f"{self.model.resolution}; set both"
             )
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.model, self.loss, self.adversarial, self.seed, self.train)
 
 
 @dataclasses.dataclass(frozen=True)

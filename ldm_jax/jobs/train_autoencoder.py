@@ -1,35 +1,76 @@
 """`ldm train-autoencoder`: images to a first stage."""
 
+import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ldm_jax.data.images import open_images
 from ldm_jax.data.order import Order
+from ldm_jax.errors import InputError
+from ldm_jax.interop import pretrained
+from ldm_jax.jobs.first_stage import load_first_stage, tree_hash
 from ldm_jax.jobs.settings import AutoencoderRun
 from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import autoencoder
-from ldm_jax.sharding import check_batch, make_mesh
+from ldm_jax.sharding import check_batch, make_mesh, replicated
+from ldm_jax.train import adversarial, optim
+from ldm_jax.train.autoencoder_step import make_autoencoder_step, start_extra
+from ldm_jax.train.first_stage_loss import autoencoder_loss
 from ldm_jax.train.run_dir import open_run
 from ldm_jax.train.state import TrainState
-from ldm_jax.train.steps import autoencoder_loss
 
 
 def run(
     config: AutoencoderRun, workdir: Path, devices: Sequence[jax.Device] | None = None
-) -> TrainState:
-    """Trains, or goes on, in `workdir`, on `devices` (None: all); refusals precede any writing."""
+) -> TrainState | None:
+    """Trains, or goes on, in `workdir`, on `devices` (None: all); refusals precede any writing.
+
+    An identity first stage has nothing to train: its workdir is made, and None is given back.
+    """
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.batch_size, mesh)
+    if config.train == "decoder" and not config.init_from:
+        raise InputError(
+            "train 'decoder' needs the weights of a trained encoder; name its workdir with "
+            "--config.init_from=DIR"
+        )
+    if config.init_from:
+        config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
     source = open_images(config.images, "train", augment=True, seed=config.seed)
-    data = {"listing": source.listing(), "num_examples": len(source)}
-    loss = autoencoder_loss(config.model, config.loss, config.seed)
-    side = config.model.resolution
-    shape = jax.ShapeDtypeStruct((config.batch_size, side, side, 3), "uint8")
-    check_traces(loss, lambda key: autoencoder.init(config.model, key), {"image": shape})
+    data: dict[str, Any] = {"listing": source.listing(), "num_examples": len(source)}
+    if config.model.latent == "identity":
+        open_run(workdir, "train-autoencoder", config, mesh, data)
+        print("an identity first stage has nothing to train; its workdir is made", file=sys.stderr)
+        return None
+    perceptual = start_from = None
+    if config.loss.perceptual_weight:
+        perceptual = pretrained.load("lpips", config.loss.perceptual_file)
+        data["perceptual_hash"] = tree_hash(perceptual)
+    if config.init_from:
+        start_from = initial_weights(config, mesh)
+        data["init_from_hash"] = tree_hash(start_from)
+    recipe = config.recipe
+    optimizer, discriminator_optimizer = optimizers(config)
+    learning_rate = optim.learning_rate(config.optim, config.num_steps)
+    init = lambda key: autoencoder.init(config.model, key)  # noqa: E731
+    init_extra = lambda params: start_extra(recipe, params, discriminator_optimizer)  # noqa: E731
+
+    def compute(key, batch):
+        params = init(key)
+        adversary = init_extra(params).get("discriminator", {}).get("params")
+        return autoencoder_loss(recipe, params, batch, np.int32(0), adversary, perceptual)
+
+    side, channels = config.model.resolution, config.model.image_channels
+    shape = jax.ShapeDtypeStruct((config.batch_size, side, side, channels), "uint8")
+    check_traces(compute, {"image": shape})
     open_run(workdir, "train-autoencoder", config, mesh, data)
+    perceptual = jax.device_put(perceptual, replicated(mesh))
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         return {"image": source.read(indices, positions)["image"]}
@@ -39,9 +80,47 @@ def run(
         config,
         workdir,
         mesh,
-        init=lambda key: autoencoder.init(config.model, key),
+        init=init,
         axes=autoencoder.axes(config.model),
-        loss=loss,
+        optimizer=optimizer,
+        make_step=lambda shardings: make_autoencoder_step(
+            recipe,
+            optimizer,
+            discriminator_optimizer,
+            learning_rate,
+            config.ema,
+            mesh,
+            shardings,
+            perceptual,
+        ),
         read=read,
         order=Order(len(source), config.seed),
+        init_extra=init_extra,
+        extra_axes=adversarial.axes(config.adversarial, channels),
+        start_from=start_from,
     )
+
+
+def optimizers(config: AutoencoderRun):
+    """The autoencoder's optimizer and the discriminator's, whose steps count from its start."""
+    factor = config.adversarial.lr_factor
+    of_discriminator = dataclasses.replace(config.optim, lr=factor * config.optim.lr)
+    turns = max(1, config.num_steps - config.adversarial.start)
+    return (
+        optim.make_optimizer(config.optim, config.num_steps),
+        optim.make_optimizer(of_discriminator, turns),
+    )
+
+
+def initial_weights(config: AutoencoderRun, mesh: Mesh) -> Any:
+    """The parameters of `init_from`; InputError unless its architecture is the one to train."""
+    first_stage = load_first_stage(config.init_from, mesh)
+    shapes = lambda model: jax.tree.map(  # noqa: E731
+        lambda x: x.shape, jax.eval_shape(lambda: autoencoder.init(model, jax.random.key(0)))
+    )
+    if shapes(first_stage.config) != shapes(config.model):
+        raise InputError(
+            f"init_from {config.init_from} holds another architecture than config.model "
+            f"describes ({first_stage.config}); give the same fields"
+        )
+    return first_stage.params

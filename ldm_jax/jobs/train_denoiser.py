@@ -16,9 +16,10 @@ from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import denoiser, latents
 from ldm_jax.sharding import check_batch, make_mesh
+from ldm_jax.train import optim
 from ldm_jax.train.run_dir import open_run
 from ldm_jax.train.state import TrainState
-from ldm_jax.train.steps import denoiser_loss
+from ldm_jax.train.steps import denoiser_loss, make_step
 
 
 def run(
@@ -56,13 +57,15 @@ def run(
         "moments": jax.ShapeDtypeStruct((config.batch_size, *manifest.moments_shape), "float32"),
         "label": jax.ShapeDtypeStruct((config.batch_size,), "int32"),
     }
-    check_traces(loss, lambda key: denoiser.init(config.model, key), shapes)
+    check_traces(lambda key, batch: loss(denoiser.init(config.model, key), batch, 0), shapes)
     open_run(workdir, "train-denoiser", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         batch = cache.read(indices, positions, flip=config.flip, seed=config.seed)
         return {name: batch[name] for name in needed}
 
+    optimizer = optim.make_optimizer(config.optim, config.num_steps)
+    learning_rate = optim.learning_rate(config.optim, config.num_steps)
     return fit(
         "train-denoiser",
         config,
@@ -70,7 +73,10 @@ def run(
         mesh,
         init=lambda key: denoiser.init(config.model, key),
         axes=denoiser.axes(config.model),
-        loss=loss,
+        optimizer=optimizer,
+        make_step=lambda shardings: make_step(
+            loss, optimizer, learning_rate, config.ema, mesh, shardings
+        ),
         read=read,
         order=cache.order(config.seed),
     )

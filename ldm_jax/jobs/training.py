@@ -1,11 +1,14 @@
 """What both trainings share: a fresh state, the compiled step, the order of the data, the loop."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from clu import parameter_overview
 from jax.sharding import Mesh
 
@@ -15,19 +18,18 @@ from ldm_jax.errors import InputError
 from ldm_jax.jobs.settings import Run, loop_config
 from ldm_jax.keys import key_for
 from ldm_jax.sharding import process_slice
-from ldm_jax.train import loop, optim
+from ldm_jax.train import loop
 from ldm_jax.train.state import TrainState, init_state
-from ldm_jax.train.steps import Loss, make_step
+from ldm_jax.train.steps import Step
 
 
-def check_traces(loss: Loss, init: Callable[[jax.Array], Any], batch: Any) -> None:
-    """Traces the loss on shapes alone, so that a model that can't run is refused before anything.
+def check_traces(compute: Callable[[jax.Array, Any], Any], batch: Any) -> None:
+    """Traces compute(key, batch) on shapes alone: what can't run is refused before any work.
 
     Raises InputError with the reason.
     """
     try:
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        jax.eval_shape(lambda k, b: loss(init(k), b, 0), key, batch)
+        jax.eval_shape(compute, jax.eval_shape(lambda: jax.random.key(0)), batch)
     except InputError:
         raise
     except (TypeError, ValueError, ZeroDivisionError) as error:
@@ -45,30 +47,44 @@ def fit(
     *,
     init: Callable[[jax.Array], Any],
     axes: Any,
-    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    make_step: Callable[[TrainState], Step],
     read: stream.Read,
     order: Order,
+    init_extra: Callable[[Any], Any] | None = None,
+    extra_axes: Any = (),
+    start_from: Any = None,
 ) -> TrainState:
     """Trains to `run.num_steps` in `workdir`, from its newest checkpoint when it has one.
 
-    `init` makes the parameters from a key and `axes` names their logical axes; `read` gives a
-    batch of host arrays for dataset indices [b] and stream positions [b], in the given `order`.
+    `init` makes the parameters from a key and `axes` names their logical axes; `make_step` compiles
+    the step for a tree of shardings; `read` gives a batch of host arrays for dataset indices [b]
+    and stream positions [b], in the given `order`. `start_from` are parameters to begin with
+    instead.
     """
-    optimizer = optim.make_optimizer(run.optim, run.num_steps)
     state, shardings = init_state(
-        lambda: init(key_for(run.seed, "init")), axes, optimizer, mesh, with_ema=run.ema.decay > 0
+        lambda: init(key_for(run.seed, "init")),
+        axes,
+        optimizer,
+        mesh,
+        with_ema=run.ema.decay > 0,
+        init_extra=init_extra,
+        extra_axes=extra_axes,
     )
+    if start_from is not None:
+        copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
+        ema = copy(start_from) if run.ema.decay else {}
+        state = dataclasses.replace(state, params=copy(start_from), ema=ema)
     if jax.process_index() == 0:
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         print(overview, file=sys.stderr)
-    learning_rate = optim.learning_rate(run.optim, run.num_steps)
     index, count = process_slice(run.batch_size, mesh)
     return loop.train(
         loop_config(run),
         workdir=workdir,
         name=name,
         state=state,
-        step=make_step(loss, optimizer, learning_rate, run.ema, mesh, shardings),
+        step=make_step(shardings),
         batches=lambda start: stream.batches(
             read,
             order,

@@ -1,7 +1,7 @@
 """Checkpoints through orbax: written in the background, restored on any mesh, never half there.
 
-One folder per step holds the items `params`, `ema` (when an average is kept), `optimizer` and
-`meta` (JSON), so that a later job can read one of them alone.
+One folder per step holds the items `params`, `ema` (when an average is kept), `optimizer`, `extra`
+(when the training carries more) and `meta` (JSON), so that a later job can read one of them alone.
 """
 
 import dataclasses
@@ -66,8 +66,9 @@ class Checkpoints:
             "optimizer": ocp.args.StandardSave(state.opt_state),
             "meta": ocp.args.JsonSave({**meta, "step": step}),
         }
-        if state.ema:
-            items["ema"] = ocp.args.StandardSave(state.ema)
+        for name in ("ema", "extra"):
+            if getattr(state, name):
+                items[name] = ocp.args.StandardSave(getattr(state, name))
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise RuntimeError(f"checkpoint of step {step} was not written to {self.folder}")
         if jax.process_index() == 0 and len(self._manager.all_steps()) > 1:
@@ -79,14 +80,14 @@ class Checkpoints:
         Raises InputError when the checkpoint lacks an item or holds one of another shape.
         """
         trees = {"params": like.params, "optimizer": like.opt_state}
-        if like.ema:
-            trees["ema"] = like.ema
+        trees |= {n: getattr(like, n) for n in ("ema", "extra") if getattr(like, n)}
         restored = self._restore(step, trees, with_meta=True)
         state = TrainState(
             step=jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding),
             params=restored["params"],
             ema=restored["ema"] if like.ema else {},
             opt_state=restored["optimizer"],
+            extra=restored["extra"] if like.extra else {},
         )
         return state, dict(restored["meta"])
 

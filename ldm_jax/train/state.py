@@ -15,12 +15,17 @@ from ldm_jax.sharding import param_shardings, replicated, state_shardings
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything is f32 except `step`; `ema` is an empty dict when no average is kept."""
+    """Everything is f32 except `step`; `ema` is an empty dict when no average is kept.
+
+    `extra` is what a training carries besides its model: the discriminator of a first stage with
+    its optimizer, the counts of a codebook. Empty for most.
+    """
 
     step: jax.Array  # int32 [], number of updates done
     params: Any
     ema: Any
     opt_state: Any
+    extra: Any = dataclasses.field(default_factory=dict)
 
 
 def init_state(
@@ -30,18 +35,22 @@ def init_state(
     mesh: Mesh,
     *,
     with_ema: bool,
+    init_extra: Callable[[Any], Any] | None = None,
+    extra_axes: Any = (),
 ) -> tuple[TrainState, TrainState]:
     """A fresh state, made sharded on the mesh, and the tree of its shardings.
 
     `axes` has the structure of the parameters; optimizer moments and EMA take their shardings from
-    it. No device ever holds a whole copy of what the mesh shards.
+    it. `init_extra(params)` makes `extra`, whose shardings come from `extra_axes`. No device ever
+    holds a whole copy of what the mesh shards.
     """
 
     def init() -> TrainState:
         params = init_params()
         # A copy: the state is donated, and one buffer may not be donated twice.
         ema = jax.tree.map(jnp.copy, params) if with_ema else {}
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
+        extra = init_extra(params) if init_extra else {}
+        return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), extra)
 
     shapes = jax.eval_shape(init)
     shardings: Any = TrainState(
@@ -49,6 +58,7 @@ def init_state(
         param_shardings(axes, shapes.params, mesh),
         param_shardings(axes, shapes.ema, mesh) if with_ema else {},
         state_shardings(shapes.opt_state, axes, mesh),
+        state_shardings(shapes.extra, extra_axes, mesh),
     )
     return jax.jit(init, out_shardings=shardings)(), shardings
 

@@ -1,4 +1,4 @@
-"""The training steps: pure functions (state, batch) -> (state, metrics), and their compilation."""
+"""The denoiser's training step: a pure function (state, batch) -> (state, metrics), compiled."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ldm_jax.diffusion import objective
 from ldm_jax.diffusion.process import Schedule
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
-from ldm_jax.models import autoencoder, denoiser, latents
+from ldm_jax.models import denoiser, latents
 from ldm_jax.sharding import batch_sharding, constrain, replicated, use_mesh
 from ldm_jax.train import ema as ema_lib
 from ldm_jax.train.state import TrainState
@@ -21,17 +21,6 @@ from ldm_jax.train.state import TrainState
 Batch = dict[str, jax.Array]
 Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderLoss:
-    """Reductions as published: the pixel loss and the KL are *sums* per image, means over images.
-
-    The published kl_weight of 1e-6 belongs to these sums; with means over pixels and latents it
-    would regularise 16 to 48 times too strongly.
-    """
-
-    kl_weight: float = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,22 +40,6 @@ class DenoiserLoss:
 def draw_keys(seed: int, purpose: str, step: jax.Array, batch_size: int) -> jax.Array:
     """One key per example of the global batch [B], whatever the mesh."""
     return example_keys(key_for(seed, purpose, step), jnp.arange(batch_size))
-
-
-def autoencoder_loss(config: autoencoder.Config, loss: AutoencoderLoss, seed: int) -> Loss:
-    """{"image": uint8 [B,H,W,3]} -> the first stage's loss and its parts."""
-
-    def compute(params, batch, step):
-        x = autoencoder.to_unit(batch["image"])
-        moments = autoencoder.encode(config, params, x)
-        z = latents.sample(moments, draw_keys(seed, "posterior", step, x.shape[0]))
-        error = autoencoder.decode(config, params, z) - x
-        reconstruction = jnp.abs(error).sum((1, 2, 3)).mean()
-        kl = latents.kl_to_standard_normal(moments).mean()
-        total = reconstruction + loss.kl_weight * kl
-        return total, {"l1": jnp.abs(error).mean(), "mse": jnp.square(error).mean(), "kl": kl}
-
-    return compute
 
 
 def denoiser_draws(

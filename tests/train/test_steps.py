@@ -8,8 +8,7 @@ import pytest
 
 from ldm_jax.diffusion.process import ScheduleConfig, make_schedule
 from ldm_jax.errors import InputError
-from ldm_jax.keys import normal_like
-from ldm_jax.models import autoencoder, latents
+from ldm_jax.models import latents
 from ldm_jax.sharding import MeshConfig, constrain, make_mesh, put_batch
 from ldm_jax.train import ema, optim, steps
 from ldm_jax.train.state import init_state
@@ -17,43 +16,6 @@ from tests import tiny
 
 SCHEDULE = make_schedule(ScheduleConfig())
 MOMENTS = np.random.default_rng(0).normal(size=(4, 2, 2, 4)).astype(np.float32)
-
-
-@pytest.fixture
-def by_hand(monkeypatch):
-    """Encoder and decoder of one multiplication each; moments and images of any size."""
-    monkeypatch.setattr(autoencoder, "encode", lambda c, p, x: p * jnp.concatenate([x, -x], -1))
-    monkeypatch.setattr(autoencoder, "decode", lambda c, p, z: p * z)
-
-
-def test_autoencoder_loss_sums_over_pixels_and_latents_and_averages_over_images(by_hand):
-    """The published reductions: |error| and the KL summed per image, the mean over images."""
-    images = np.random.default_rng(1).integers(0, 256, (5, 4, 4, 3), np.uint8)
-    weight, step, seed, p = 0.25, 7, 3, np.float32(0.9)
-    loss = steps.autoencoder_loss(None, steps.AutoencoderLoss(weight), seed)
-    total, parts = jax.jit(loss)(p, {"image": images}, np.int32(step))
-
-    x = images / 127.5 - 1.0
-    mean, logvar = p * x, -p * x
-    noise = normal_like(steps.draw_keys(seed, "posterior", step, 5), jnp.zeros(x.shape))
-    error = p * (mean + np.exp(logvar / 2) * np.asarray(noise, np.float64)) - x
-    kl = [0.5 * (m**2 + np.exp(v) - 1 - v).sum() for m, v in zip(mean, logvar, strict=True)]
-    reconstruction = [np.abs(e).sum() for e in error]
-    np.testing.assert_allclose(parts["kl"], np.mean(kl), rtol=1e-5)
-    np.testing.assert_allclose(parts["l1"], np.abs(error).mean(), rtol=1e-5)
-    np.testing.assert_allclose(parts["mse"], np.square(error).mean(), rtol=1e-5)
-    np.testing.assert_allclose(total, np.mean(reconstruction) + weight * np.mean(kl), rtol=1e-5)
-
-
-def test_published_kl_weight_belongs_to_the_sums(by_hand):
-    assert steps.AutoencoderLoss().kl_weight == 1e-6
-    images = np.full((2, 4, 4, 3), 200, np.uint8)
-    both = lambda p, batch: [  # noqa: E731
-        steps.autoencoder_loss(None, steps.AutoencoderLoss(weight), 0)(p, batch, 0)
-        for weight in (1.0, 0.0)
-    ]
-    (with_kl, parts), (without, _) = jax.jit(both)(np.float32(1.0), {"image": images})
-    np.testing.assert_allclose(with_kl - without, parts["kl"], rtol=1e-4)
 
 
 draw = jax.jit(steps.denoiser_draws, static_argnums=(3, 4))

@@ -1,0 +1,209 @@
+"""The loss of a first stage: reconstruction, regulariser, adversary, equivariance.
+
+Esser et al., CVPR 2021 (adversarial loss and its weight); Rombach et al., CVPR 2022 (reductions and
+weights).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.errors import InputError
+from ldm_jax.keys import key_for
+from ldm_jax.models import autoencoder, latents, perceptual_net, quantizer
+from ldm_jax.train import adversarial
+from ldm_jax.train.steps import Batch, draw_keys
+
+PIXEL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square}
+EQUIVARIANCE_SCALES = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderLoss:
+    """Reductions bite: published KL models *sum* pixels and KL over an image, VQ models take means.
+
+    With "sum" both the perceptual distance and kl_weight belong to sums: the distance counts once
+    for every pixel and channel. The published kl_weight of 1e-6 with means over pixels and latents
+    would regularise 16 to 48 times too strongly.
+    """
+
+    reduction: str = "sum"  # "sum" over an image, as LDM's KL models | "mean", as its VQ models
+    pixel: str = "l1"  # "l1" | "l2"
+    pixel_weight: float = 1.0
+    kl_weight: float = 1e-6  # of the KL *summed* over a latent
+    codebook_weight: float = 1.0  # of the quantizer's loss, a mean over elements
+    perceptual_weight: float = 1.0  # of LPIPS; its weights come from a file
+    perceptual_file: str = ""  # empty = where `ldm weights lpips` puts it
+    equivariance_weight: float = 0.0  # EQ-VAE: decoded turned and shrunk latents against images
+
+    def __post_init__(self):
+        if self.reduction not in ("sum", "mean"):
+            raise InputError(
+                f"loss reduction {self.reduction!r} is unknown; choose one of ('sum', 'mean')"
+            )
+        if self.pixel not in PIXEL_LOSSES:
+            raise InputError(
+                f"pixel loss {self.pixel!r} is unknown; choose one of {sorted(PIXEL_LOSSES)}"
+            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.endswith("_weight") and not 0 <= value < float("inf"):
+                raise InputError(f"loss {field.name} {value} must be finite and not negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that says what a step of a first stage computes, but for its optimizers."""
+
+    model: autoencoder.Config
+    loss: AutoencoderLoss
+    adversarial: adversarial.Config
+    seed: int
+    train: str = "all"  # "all" | "decoder": the latents of a finished encoder stay valid
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The groups of parameters that are trained."""
+        return ("decoder",) if self.train == "decoder" else ("encoder", "decoder", "quantizer")
+
+
+def reconstruction_loss(
+    loss: AutoencoderLoss, perceptual: Any, x: jax.Array, x_hat: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Pixel and perceptual loss of images f32 [B,H,W,3], and their parts; a mean over images.
+
+    `perceptual` are the parameters of LPIPS; None where its weight is 0.
+    """
+    error = x_hat - x
+    # A sum over an image's elements, or 1: the published models spread LPIPS over every element.
+    scale = x[0].size if loss.reduction == "sum" else 1
+    total = loss.pixel_weight * scale * PIXEL_LOSSES[loss.pixel](error).mean()
+    parts = {"l1": jnp.abs(error).mean(), "mse": jnp.square(error).mean()}
+    if perceptual is not None:
+        parts["perceptual"] = perceptual_net.lpips(perceptual, x, x_hat).mean()
+        total += loss.perceptual_weight * scale * parts["perceptual"]
+    return total, parts
+
+
+def autoencoder_loss(
+    recipe: Recipe, params: Any, batch: Batch, step: jax.Array, adversary: Any, perceptual: Any
+) -> tuple[jax.Array, dict[str, Any]]:
+    """{"image": uint8 [B,H,W,3]} -> the autoencoder's loss, and {"metrics", "x", "x_hat", ...}.
+
+    `adversary` are the discriminator's parameters, None without one; `perceptual` those of LPIPS.
+    The two gradients that the adaptive weight compares are taken once, with respect to the image,
+    and their weighted sum alone goes back through the decoder.
+    """
+    model, loss = recipe.model, recipe.loss
+    params = {
+        name: part if name in recipe.trained else jax.lax.stop_gradient(part)
+        for name, part in params.items()
+    }
+    x = autoencoder.to_unit(batch["image"])
+    moments = autoencoder.encode(model, params, x)
+    z = autoencoder.draw(model, moments, draw_keys(recipe.seed, "posterior", step, x.shape[0]))
+    z_decoded, regulariser, metrics, codes = _regularise(recipe, params, moments, z)
+    features = autoencoder.decode_features(model, params, z_decoded)
+    x_hat = autoencoder.to_image(model, params, features)
+
+    fixed = jax.lax.stop_gradient(x_hat)
+    nll = lambda image: reconstruction_loss(loss, perceptual, x, image)  # noqa: E731
+    (value, parts), cotangent = jax.value_and_grad(nll, has_aux=True)(fixed)
+    metrics = {"reconstruction": value, **parts, **metrics}
+    if adversary is not None:
+        last = jax.lax.stop_gradient((params["decoder"]["conv_out"], features))
+        terms = _adversarial_terms(recipe, adversary, fixed, cotangent, *last, step)
+        value += terms["adversarial_weight"] * terms["generator"]
+        cotangent += terms["adversarial_weight"] * terms.pop("gradient")
+        metrics |= terms
+    total = _with_gradient(x_hat, value, cotangent) + regulariser
+    if loss.equivariance_weight:
+        metrics["equivariance"] = _equivariance(recipe, params, perceptual, x, z, step)
+        total += loss.equivariance_weight * metrics["equivariance"]
+    return total, {"metrics": metrics, "x": x, "x_hat": fixed, **codes}
+
+
+def _regularise(recipe, params, moments, z):
+    """The latent to decode, the regulariser's loss, its metrics, and the codes of a VQ model."""
+    model, loss = recipe.model, recipe.loss
+    if model.latent == "kl":
+        kl = latents.kl_to_standard_normal(moments).mean()
+        return z, loss.kl_weight * kl, {"kl": kl}, {}
+    z_q, indices = quantizer.quantize(params["quantizer"]["codebook"], z)
+    q_loss = quantizer.loss(model.quantizer, z, z_q)
+    use = quantizer.usage(indices, model.quantizer.codebook_size)
+    codes = {"z": jax.lax.stop_gradient(z), "indices": indices}
+    z_decoded = quantizer.straight_through(z, z_q)
+    return z_decoded, loss.codebook_weight * q_loss, {"codebook": q_loss, **use}, codes
+
+
+def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features, step):
+    """The generator's loss, its weight, its gradient by the image; zeros before its start."""
+    config = recipe.adversarial
+
+    def turn():
+        of_image = lambda image: adversarial.generator_loss(  # noqa: E731
+            config.discriminator, adversary, image
+        )
+        value, gradient = jax.value_and_grad(of_image)(x_hat)
+        weight = jnp.float32(config.weight)
+        if config.adaptive:
+            image = lambda kernel: autoencoder.to_image(  # noqa: E731
+                recipe.model,
+                {"decoder": {"conv_out": {**last_layer, "kernel": kernel}}},
+                features,
+            )
+            pullback = jax.vjp(image, last_layer["kernel"])[1]
+            by_kernel = pullback(cotangent)[0], pullback(gradient)[0]
+            weight *= adversarial.adaptive_weight(*by_kernel, config.max_adaptive_weight)
+        return {"generator": value, "adversarial_weight": weight, "gradient": gradient}
+
+    def wait():
+        zero = jnp.zeros(())
+        return {"generator": zero, "adversarial_weight": zero, "gradient": jnp.zeros_like(x_hat)}
+
+    return jax.lax.cond(step >= config.start, turn, wait)
+
+
+def _with_gradient(x, value, cotangent):
+    """`value`, whose gradient by x is `cotangent`."""
+    product = jnp.sum(x * jax.lax.stop_gradient(cotangent))
+    return jax.lax.stop_gradient(value) + product - jax.lax.stop_gradient(product)
+
+
+def _equivariance(recipe, params, perceptual, x, z, step):
+    """Reconstruction loss of one random turn and scale, latents against images.
+
+    The turn is a multiple of 90 degrees and the scale one of EQUIVARIANCE_SCALES, the same for the
+    whole batch. Kouzelis et al., 2025 (EQ-VAE), sec. 3; there scales are continuous and the term
+    takes the plain reconstruction's place half of the time, here it is added to it.
+    """
+    model = recipe.model
+    turns = jax.random.randint(key_for(recipe.seed, "equivariance_turn", step), (), 0, 4)
+
+    def at(scale):
+        side = max(1, round(z.shape[1] * scale))
+
+        def compute():
+            small = lambda a, size: jax.image.resize(  # noqa: E731
+                a, (a.shape[0], size, size, a.shape[-1]), "linear"
+            )
+            turned = lambda a: jax.lax.switch(  # noqa: E731
+                turns, [lambda a=a, k=k: jnp.rot90(a, k, (1, 2)) for k in range(4)]
+            )
+            target, latent = turned(small(x, side * model.factor)), turned(small(z, side))
+            if model.latent == "vq":
+                codes = quantizer.quantize(params["quantizer"]["codebook"], latent)[0]
+                latent = quantizer.straight_through(latent, codes)
+            features = autoencoder.decode_features(model, params, latent)
+            image = autoencoder.to_image(model, params, features)
+            return reconstruction_loss(recipe.loss, perceptual, target, image)[0]
+
+        return compute
+
+    key = key_for(recipe.seed, "equivariance_scale", step)
+    which = jax.random.randint(key, (), 0, len(EQUIVARIANCE_SCALES))
+    return jax.lax.switch(which, [at(scale) for scale in EQUIVARIANCE_SCALES])

@@ -1,0 +1,201 @@
+"""The first stage's loss against numpy, against plain differentiation, and in its corners."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.errors import InputError
+from ldm_jax.keys import normal_like
+from ldm_jax.models import autoencoder, discriminator, latents, quantizer
+from ldm_jax.train import adversarial
+from ldm_jax.train.first_stage_loss import (
+    AutoencoderLoss,
+    Recipe,
+    autoencoder_loss,
+    reconstruction_loss,
+)
+from ldm_jax.train.steps import draw_keys
+from tests import tiny
+
+PLAIN = AutoencoderLoss(perceptual_weight=0.0)
+IMAGES = np.random.default_rng(1).integers(0, 256, (5, 8, 8, 3), np.uint8)
+
+
+def recipe(
+    model=tiny.AUTOENCODER.model, loss=PLAIN, adversary=tiny.AUTOENCODER.adversarial, **more
+):
+    return Recipe(model, loss, adversary, 3, **more)
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """Encoder and decoder of one multiplication each; moments and images of any size."""
+    monkeypatch.setattr(
+        autoencoder, "encode", lambda c, p, x: p["encoder"] * jnp.concatenate([x, -x], -1)
+    )
+    monkeypatch.setattr(autoencoder, "decode_features", lambda c, p, z: p["decoder"] * z)
+    monkeypatch.setattr(autoencoder, "to_image", lambda c, p, h: h)
+    return autoencoder.Config(resolution=8, latent_channels=3, width_multipliers=(1,))
+
+
+def test_loss_sums_over_pixels_and_latents_and_averages_over_images(by_hand):
+    """The published reductions: |error| and the KL summed per image, the mean over images."""
+    step, p = 7, np.float32(0.9)
+    how = recipe(by_hand, dataclasses.replace(PLAIN, kl_weight=0.25))
+    compute = lambda p, batch: autoencoder_loss(how, p, batch, np.int32(step), None, None)  # noqa: E731
+    total, seen = jax.jit(compute)({"encoder": p, "decoder": p}, {"image": IMAGES})
+    parts = seen["metrics"]
+
+    x = IMAGES / 127.5 - 1.0
+    mean, logvar = p * x, -p * x
+    noise = normal_like(draw_keys(3, "posterior", step, 5), jnp.zeros(x.shape))
+    error = p * (mean + np.exp(logvar / 2) * np.asarray(noise, np.float64)) - x
+    kl = [0.5 * (m**2 + np.exp(v) - 1 - v).sum() for m, v in zip(mean, logvar, strict=True)]
+    reconstruction = [np.abs(e).sum() for e in error]
+    np.testing.assert_allclose(parts["kl"], np.mean(kl), rtol=1e-5)
+    np.testing.assert_allclose(parts["l1"], np.abs(error).mean(), rtol=1e-5)
+    np.testing.assert_allclose(parts["mse"], np.square(error).mean(), rtol=1e-5)
+    np.testing.assert_allclose(total, np.mean(reconstruction) + 0.25 * np.mean(kl), rtol=1e-5)
+
+
+def test_published_kl_weight_belongs_to_the_sums():
+    assert (PLAIN.kl_weight, PLAIN.reduction) == (1e-6, "sum")
+
+
+def test_mean_reduction_divides_the_sum_by_the_elements_of_an_image():
+    x, x_hat = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 3)).astype(np.float32)
+    for pixel in ("l1", "l2"):
+        loss = dataclasses.replace(PLAIN, pixel=pixel)
+        total = reconstruction_loss(loss, None, x, x_hat)[0]
+        mean = reconstruction_loss(dataclasses.replace(loss, reduction="mean"), None, x, x_hat)[0]
+        np.testing.assert_allclose(total, 48 * mean, rtol=1e-6)
+        power = {"l1": 1, "l2": 2}[pixel]
+        np.testing.assert_allclose(mean, (np.abs(x - x_hat) ** power).mean(), rtol=1e-5)
+
+
+def test_equivariance_is_nothing_where_the_latent_is_the_image(by_hand, monkeypatch):
+    """Turned and shrunk alike, image and latent stay the same; another decoder breaks that."""
+    monkeypatch.setattr(
+        autoencoder, "encode", lambda c, p, x: jnp.concatenate([x, jnp.full_like(x, -60.0)], -1)
+    )
+    how = recipe(by_hand, dataclasses.replace(PLAIN, equivariance_weight=2.0))
+
+    def of(factor, step):
+        params = {"encoder": {}, "decoder": factor}
+        total, seen = autoencoder_loss(how, params, {"image": IMAGES}, step, None, None)
+        return total, seen["metrics"]["equivariance"]
+
+    of = jax.jit(of)
+    values = []
+    for step in range(12):
+        assert of(np.float32(1), np.int32(step))[1] < 1e-3
+        total, term = of(np.float32(0.5), np.int32(step))
+        assert total > 2.0 * term > 0
+        values.append(round(float(term)))
+    assert len(set(values)) == 4  # one for each scale: turns change nothing of a sum
+
+
+VQ = dataclasses.replace(
+    tiny.AUTOENCODER.model, latent="vq", quantizer=quantizer.Config(codebook_size=16)
+)
+
+
+@pytest.fixture(scope="module", params=[tiny.AUTOENCODER.model, VQ], ids=["kl", "vq"])
+def gradients(request):
+    """(ours, plain differentiation's, our metrics) of a loss with everything in it but LPIPS."""
+    how = recipe(request.param, dataclasses.replace(PLAIN, reduction="mean", kl_weight=1e-3))
+    params = autoencoder.init(how.model, jax.random.key(0))
+    adversary = discriminator.init(how.adversarial.discriminator, jax.random.key(1))
+    step = jnp.int32(how.adversarial.start)
+
+    def plain(params, kernel, part):
+        """Of the loss's parts one, seen from the parameters and from the last kernel."""
+        last = {**params["decoder"]["conv_out"], "kernel": kernel}
+        params = {**params, "decoder": {**params["decoder"], "conv_out": last}}
+        x = autoencoder.to_unit(IMAGES)
+        z = moments = autoencoder.encode(how.model, params, x)
+        if how.model.latent == "kl":
+            z = latents.sample(moments, draw_keys(3, "posterior", step, 5))
+            regulariser = how.loss.kl_weight * latents.kl_to_standard_normal(moments).mean()
+        else:
+            codebook = params["quantizer"]["codebook"]
+            distance = jnp.square(z[..., None, :] - codebook.reshape(1, 1, 1, 16, 2)).sum(-1)
+            z_q = codebook[jnp.argmin(distance, -1)]
+            regulariser = quantizer.loss(how.model.quantizer, z, z_q)
+            z = z + jax.lax.stop_gradient(z_q - z)
+        features = autoencoder.decode_features(how.model, params, z)
+        x_hat = autoencoder.to_image(how.model, params, features)
+        logits = discriminator.apply(how.adversarial.discriminator, adversary, x_hat)[0]
+        return {"nll": jnp.abs(x_hat - x).mean(), "g": -logits.mean(), "reg": regulariser}[part]
+
+    def both(params):
+        ours, seen = jax.grad(
+            lambda p: autoencoder_loss(how, p, {"image": IMAGES}, step, adversary, None),
+            has_aux=True,
+        )(params)
+        kernel = params["decoder"]["conv_out"]["kernel"]
+        norm = lambda part: jnp.linalg.norm(  # noqa: E731
+            jax.grad(lambda k: plain(params, k, part))(kernel).reshape(-1)
+        )
+        weight = jnp.clip(norm("nll") / (norm("g") + 1e-4), 0, 1e4) * how.adversarial.weight
+        of = lambda p, part: plain(p, p["decoder"]["conv_out"]["kernel"], part)  # noqa: E731
+        theirs = jax.grad(lambda p: of(p, "nll") + weight * of(p, "g") + of(p, "reg"))(params)
+        return ours, theirs, seen["metrics"], weight
+
+    return jax.jit(both)(params)
+
+
+def test_gradient_is_that_of_the_weighted_sum(gradients):
+    ours, theirs, metrics, weight = gradients
+    np.testing.assert_allclose(metrics["adversarial_weight"], weight, rtol=1e-4)
+    assert 0 < weight < 5000
+    flat = jax.tree_util.tree_leaves_with_path(theirs)
+    noise = 1e-6 * max(np.abs(want).max() for _, want in flat)  # keys' biases have no gradient
+    for (path, want), got in zip(flat, jax.tree.leaves(ours), strict=True):
+        scale = np.abs(want).max()
+        assert scale > 0, path
+        np.testing.assert_allclose(got, want, atol=1e-4 * scale + noise, err_msg=str(path))
+
+
+def test_discriminator_losses_are_their_formulas():
+    real, fake = np.random.default_rng(0).normal(size=(2, 4, 3, 3, 1)).astype(np.float32) * 2
+    relu = lambda a: np.maximum(a, 0)  # noqa: E731
+    np.testing.assert_allclose(
+        adversarial.hinge(real, fake), (relu(1 - real) + relu(1 + fake)).mean() / 2, rtol=1e-6
+    )
+    cross_entropy = np.log1p(np.exp(-real)) + np.log1p(np.exp(fake))
+    np.testing.assert_allclose(adversarial.vanilla(real, fake), cross_entropy.mean() / 2, rtol=1e-5)
+
+
+def test_adaptive_weight_is_clamped():
+    one = jnp.ones((2, 2))
+    weight = adversarial.adaptive_weight
+    np.testing.assert_allclose(weight(3 * one, one, 1e4), 3 * 2 / (2 + 1e-4), rtol=1e-6)
+    assert weight(one, 0 * one, 1e4) == 1e4
+    assert weight(one, one, 0.5) == 0.5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: AutoencoderLoss(reduction="median"),
+        lambda: AutoencoderLoss(pixel="huber"),
+        lambda: AutoencoderLoss(kl_weight=-1.0),
+        lambda: adversarial.Config(loss="wasserstein"),
+        lambda: adversarial.Config(weight=float("nan")),
+        lambda: discriminator.Config(norm="layer"),
+        lambda: discriminator.Config(num_layers=0),
+        lambda: quantizer.Config(codebook_size=1),
+        lambda: quantizer.Config(average_decay=1.0),
+        lambda: autoencoder.Config(latent="fsq"),
+        lambda: autoencoder.Config(latent="identity"),
+        lambda: dataclasses.replace(tiny.AUTOENCODER, train="encoder"),
+        lambda: dataclasses.replace(tiny.AUTOENCODER, loss=AutoencoderLoss()),
+    ],
+)
+def test_settings_out_of_range_are_refused(make):
+    with pytest.raises(InputError, match=r"must|choose|set|one level"):
+        make()
