@@ -6,6 +6,7 @@ import numpy as np
 
 from ldm_jax.data import draws, pixels
 from ldm_jax.data.folder import folder
+from ldm_jax.data.photographs import photographs
 from ldm_jax.data.sources import Source, digest, digits, tfds
 from ldm_jax.errors import InputError
 
@@ -22,10 +23,12 @@ class Config:
     name: str = ""  # tfds: name of the data set
     train_split: str = "train"  # tfds: any split expression, such as "train[:90%]"
     held_out_split: str = "validation"  # tfds
-    held_out_fraction: float = 0.1  # digits, and folders without splits of their own
+    held_out_fraction: float = 0.1  # digits, and folders without splits; photographs: a third
     resolution: int = 32  # pixels
     kernel: str = "bicubic"  # of the antialiased resize; a name of pixels.KERNELS
-    crop: str = "center"  # along the long side, in training: center | random
+    crop: str = (
+        "center"  # along the long side (photographs: anywhere), in training: center | random
+    )
     flip: bool = False  # in training: mirror left to right with probability 1/2
 
     def __post_init__(self):
@@ -56,7 +59,16 @@ def _open_tfds(config: Config, split: str) -> Source:
     return tfds(config.name, config.path, name)
 
 
-SOURCES = {"digits": _open_digits, "folder": _open_folder, "tfds": _open_tfds}
+def _open_photographs(config: Config, split: str) -> Source:
+    return photographs(split, config.resolution)
+
+
+SOURCES = {
+    "digits": _open_digits,
+    "folder": _open_folder,
+    "photographs": _open_photographs,
+    "tfds": _open_tfds,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +101,12 @@ class Images:
         (seed, position), never by worker or host. Values are 0..255; the device scales them to
         [-1, 1]. Raises InputError, naming the file, for an image that cannot be decoded.
         """
-        examples = self.source.load(np.asarray(indices, np.int64))
+        indices = np.asarray(indices, np.int64)
+        if self.recipe["crop"] == "random" and self.source.load_at:
+            places = draws.uniforms(self.seed, "offset", positions, 2)
+            examples = self.source.load_at(indices, places)
+        else:
+            examples = self.source.load(indices)
         resolution, kernel = int(self.recipe["resolution"]), str(self.recipe["kernel"])
         crop, flip = draws.uniforms(self.seed, "augment", positions, 2).T
         pictures = np.empty((len(examples), resolution, resolution, 3), np.uint8)

@@ -1,4 +1,4 @@
-"""What every image source gives, and the two sources that are no folder: digits and tfds."""
+"""What every image source gives, and the two sources of a library: digits and tfds."""
 
 import dataclasses
 import functools
@@ -28,6 +28,9 @@ class Source:
     identity: str  # sha256 hex of what the split holds
     load: Callable[[np.ndarray], list[Example]]  # indices int64 [b]; InputError for a broken image
     listing: str = ""  # sha256 hex of names and labels without contents, where that is less
+    # Examples around the same places, moved: indices [b], vertical and horizontal shares [b,2] in
+    # [0, 1). Only of a source whose examples are cut from something larger.
+    load_at: Callable[[np.ndarray, np.ndarray], list[Example]] | None = None
 
 
 def digest(value: Any) -> str:

@@ -215,4 +215,4 @@ def test_open_images_refuses_an_unknown_or_empty_split():
 
 
 def test_every_source_is_named_in_the_config():
-    assert set(SOURCES) == {"digits", "folder", "tfds"}
+    assert set(SOURCES) == {"digits", "folder", "photographs", "tfds"}

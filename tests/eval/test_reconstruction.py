@@ -3,7 +3,7 @@ import pytest
 from skimage.metrics import structural_similarity
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval.reconstruction import psnr, ssim
+from ldm_jax.eval.reconstruction import gradient_magnitude, psnr, ssim
 
 
 def pictures(seed, shape=(3, 24, 20, 3)):
@@ -74,3 +74,23 @@ def test_ssim_refuses_images_below_its_window():
     a = pictures(0, (1, 10, 32, 3))
     with pytest.raises(InputError, match="at least 11"):
         ssim(a, a)
+
+
+def test_gradient_magnitude_is_the_slope_of_a_ramp_in_any_direction():
+    rows, columns = np.indices((12, 16))
+    ramps = [3 * columns, 4 * rows, 3 * columns + 4 * rows, 200 - 3 * columns, 0 * rows]
+    ramps = np.stack(ramps)[..., None].repeat(3, -1).astype(np.uint8)
+    np.testing.assert_allclose(gradient_magnitude(ramps), [3, 4, 5, 3, 0], rtol=1e-12)
+
+
+def test_gradient_magnitude_falls_when_an_image_is_blurred():
+    a = pictures(0)
+    blurred = np.round((a[:, 1:].astype(float) + a[:, :-1]) / 2).astype(np.uint8)
+    assert (gradient_magnitude(blurred) < 0.95 * gradient_magnitude(a)).all()
+
+
+def test_gradient_magnitude_refuses_floats_and_single_rows():
+    with pytest.raises(InputError, match="round to uint8"):
+        gradient_magnitude(pictures(0) / 255.0)
+    with pytest.raises(InputError, match="at least 2 pixels"):
+        gradient_magnitude(pictures(0)[:, :1])
