@@ -151,12 +151,21 @@ def _demo(arguments, overrides):
     demo.run(arguments.workdir)
 
 
+def _experiment(arguments, overrides):
+    from ldm_jax.jobs import experiment
+
+    if overrides:
+        raise InputError(f"{overrides[0]}: an experiment's settings stand in its file; copy it")
+    experiment.run(arguments.config, arguments.workdir)
+
+
 VERBS = {
     "demo": ("digits, from images to samples and a report", _demo),
     "train-autoencoder": ("train a first stage on images", _train_autoencoder),
     "cache-latents": ("encode a run's images once, for training denoisers", _cache_latents),
     "train-denoiser": ("train a denoiser on cached latents", _train_denoiser),
     "sample": ("draw images from a trained denoiser", _sample),
+    "experiment": ("train and compare the arms of a configs/experiments file", _experiment),
     "evaluate": ("measure a trained first stage or denoiser", _evaluate),
 }
 
@@ -179,6 +188,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             metavar="FILE[:VARIANT]",
             help="not needed to resume a workdir; fields are changed with --config.a.b=VALUE",
         )
+    verbs["experiment"].add_argument("--config", metavar="FILE[:VARIANT]", required=True)
     cache = verbs["cache-latents"]
     cache.add_argument("--out", type=Path, help="folder of the cache (default: WORKDIR/latents)")
     cache.add_argument(

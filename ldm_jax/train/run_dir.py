@@ -118,6 +118,18 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
         write_json(path, record)
 
 
+def open_experiment(workdir: Path, plan: dict[str, Any]) -> None:
+    """Notes what an experiment compares; InputError when the workdir holds another one."""
+    path, plan = Path(workdir) / "experiment.json", json.loads(json.dumps(plan))
+    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+        raise InputError(
+            f"workdir {workdir} holds an experiment with another plan ({path}); give that "
+            "configuration back or use a new workdir"
+        )
+    if jax.process_index() == 0:
+        write_json(path, plan)
+
+
 def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) -> None:
     if previous["job"] != record["job"]:
         raise InputError(

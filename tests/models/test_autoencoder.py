@@ -57,7 +57,17 @@ def count(shapes):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def published_count(multipliers, attention, channels, width=128, blocks=2, side=256, colours=3):
+def published_count(
+    multipliers,
+    attention,
+    channels,
+    moments=None,
+    middle=True,
+    width=128,
+    blocks=2,
+    side=256,
+    colours=3,
+):
     """(encoder, decoder): arithmetic over the levels of the published architecture."""
     conv = lambda i, o, k=3: k * k * i * o + o  # noqa: E731
     norm = lambda c: 2 * c  # noqa: E731
@@ -67,7 +77,8 @@ def published_count(multipliers, attention, channels, width=128, blocks=2, side=
         return norm(i) + conv(i, o) + norm(o) + conv(o, o) + (conv(i, o, 1) if i != o else 0)
 
     deepest = width * multipliers[-1]
-    middle = 2 * res(deepest, deepest) + attend(deepest)
+    middle = 2 * res(deepest, deepest) + (attend(deepest) if middle else 0)
+    moments = moments or 2 * channels
 
     encoder, c = conv(colours, width), width
     for level, multiplier in enumerate(multipliers):
@@ -76,7 +87,7 @@ def published_count(multipliers, attention, channels, width=128, blocks=2, side=
             c = width * multiplier
             encoder += attend(c) if side >> level in attention else 0
         encoder += conv(c, c) if level < len(multipliers) - 1 else 0
-    encoder += middle + norm(c) + conv(c, 2 * channels) + conv(2 * channels, 2 * channels, 1)
+    encoder += middle + norm(c) + conv(c, moments) + conv(moments, moments, 1)
 
     decoder, c = conv(channels, channels, 1) + conv(channels, deepest) + middle, deepest
     for level in reversed(range(len(multipliers))):
@@ -88,23 +99,50 @@ def published_count(multipliers, attention, channels, width=128, blocks=2, side=
     return encoder, decoder + norm(c) + conv(c, colours)
 
 
+# Millions, as released: encoder, decoder and total, of which a codebook is part.
+RELEASED = {
+    "kl-f4": (22.35, 32.96, 55.31),
+    "kl-f8": (34.16, 49.49, 83.65),
+    "kl-f16": (28.27, 41.34, 69.61),
+    "kl-f32": (42.61, 61.24, 103.88),
+    "vq-f4": (22.34, 32.96, 55.32),
+    "vq-f4-noattn": (21.29, 31.91, 53.22),
+    "vq-f8": (27.40, 40.25, 67.72),
+    "vq-f8-n256": (27.40, 40.25, 67.65),
+    "vq-f16": (28.16, 41.31, 69.59),
+}
+
+
 @pytest.mark.parametrize("name", variants("autoencoder.py"))
 def test_every_preset_has_the_parameters_of_the_published_architecture(name):
     model = load_run(AutoencoderRun, f"{CONFIGS}/autoencoder.py:{name}", []).model
     shapes = jax.eval_shape(lambda: autoencoder.init(model, jax.random.key(0)))
+    if model.latent == "identity":
+        assert count(shapes) == 0 and model.factor == 1
+        return
     encoder, decoder = published_count(
         model.width_multipliers,
         model.attention_resolutions,
         model.latent_channels,
+        model.moment_channels,
+        model.middle_attention,
         model.width,
         model.num_res_blocks,
         model.resolution,
     )
     assert (count(shapes["encoder"]), count(shapes["decoder"])) == (encoder, decoder)
+    codebook = count(shapes.get("quantizer", {}))
+    if model.latent == "vq":
+        assert codebook == model.quantizer.codebook_size * model.latent_channels
+    if name in RELEASED:
+        side = lambda c: c * c + c  # the 1x1 adapters are part of the total alone  # noqa: E731
+        bare = encoder - side(model.moment_channels), decoder - side(model.latent_channels)
+        figures = [n / 1e6 for n in (*bare, encoder + decoder + codebook)]
+        np.testing.assert_allclose(figures, RELEASED[name], atol=0.0051)
+        assert model.factor == int(name.split("-")[1].removeprefix("f"))
     if name in PUBLISHED:
         multipliers, attention, channels, total = PUBLISHED[name]
         assert sum(published_count(multipliers, attention, channels)) == total == count(shapes)
-        assert model.factor == int(name.removeprefix("kl-f"))
     assert model.latent_shape == (model.resolution // model.factor,) * 2 + (model.latent_channels,)
 
 

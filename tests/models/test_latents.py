@@ -76,10 +76,22 @@ def test_draw_of_a_row_depends_on_its_key_alone(posterior):
 
 def test_mode_is_the_mean_and_a_draw_without_variance_hits_it(posterior):
     mean, logvar = posterior
-    np.testing.assert_array_equal(mode(moments(mean, logvar)), mean.astype(np.float32))
+    np.testing.assert_array_equal(
+        mode(moments(mean, logvar), mean.shape[-1]), mean.astype(np.float32)
+    )
     certain = moments(mean, np.full_like(mean, -100.0))
     # The clamp leaves a deviation of exp(-15).
     np.testing.assert_allclose(sample(certain, keys(3)), mean, atol=2e-6)
+
+
+def test_a_point_is_its_own_draw_and_mode(posterior):
+    point = posterior[0].astype(np.float32)
+    channels = point.shape[-1]
+    np.testing.assert_array_equal(latents.draw(point, keys(3), channels), point)
+    np.testing.assert_array_equal(latents.mode(point, channels), point)
+    gaussian = moments(*posterior)
+    drawn = latents.draw(gaussian, keys(3), channels)
+    np.testing.assert_allclose(drawn, sample(gaussian, keys(3)), atol=1e-6)
 
 
 def test_log_variance_is_clamped_to_the_published_range():

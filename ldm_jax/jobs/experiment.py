@@ -1,0 +1,81 @@
+"""`ldm experiment`: the same first stages but for what is compared, over seeds, and one table.
+
+Each run trains in its own folder of the workdir, WORKDIR/ARM-seedN, and is evaluated on the
+held-out images. Started again, finished runs are kept and the others go on.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ldm_jax.errors import InputError
+from ldm_jax.jobs import evaluate, train_autoencoder
+from ldm_jax.jobs.settings import AutoencoderRun, build, load_config_file
+from ldm_jax.train.run_dir import open_experiment, write_json
+
+Results = dict[str, list[dict[str, float]]]  # arm -> figures of each seed
+
+
+def run(spec: str, workdir: Path) -> Results:
+    """Trains and measures every arm for every seed; writes results.json and results.md.
+
+    The file's get_config gives {"arms": {name: fields of a run}, "seeds": (...)}. Raises InputError
+    for an arm that is no valid run, before any training.
+    """
+    plan = load_config_file(spec)
+    if not {"arms", "seeds"} <= plan.keys() or not plan["arms"] or not plan["seeds"]:
+        raise InputError(f"experiment {spec} must give `arms` and `seeds`, at least one of each")
+    runs = {
+        arm: [build(AutoencoderRun, {**fields, "seed": int(seed)}, arm) for seed in plan["seeds"]]
+        for arm, fields in plan["arms"].items()
+    }
+    open_experiment(workdir, plan)
+    # Seed by seed, so that a half-finished experiment already compares every arm.
+    results: Results = {arm: [] for arm in runs}
+    for i in range(len(plan["seeds"])):
+        for arm, of_arm in runs.items():
+            folder = Path(workdir) / f"{arm}-seed{of_arm[i].seed}"
+            results[arm].append(_figures(of_arm[i], folder))
+            if jax.process_index() == 0:
+                _write(workdir, plan, results)
+    if jax.process_index() == 0:
+        print((Path(workdir) / "results.md").read_text(encoding="utf-8"))
+    return results
+
+
+def _figures(run: AutoencoderRun, folder: Path) -> dict[str, float]:
+    """Figures of one run, which is trained first unless that is done."""
+    done = folder / "figures.json"
+    if done.exists():
+        return json.loads(done.read_text(encoding="utf-8"))
+    train_autoencoder.run(run, folder)
+    figures = evaluate.reconstruction_figures(folder)
+    if jax.process_index() == 0:
+        write_json(done, figures)
+    return figures
+
+
+def _write(workdir: Path, plan: dict[str, Any], results: Results) -> None:
+    write_json(Path(workdir) / "results.json", {"plan": plan, "results": results})
+    (Path(workdir) / "results.md").write_text(table(results), encoding="utf-8")
+
+
+def table(results: Results, columns: tuple[str, ...] = ("psnr_db", "ssim", "sharpness")) -> str:
+    """A Markdown table: of each arm the mean over seeds and, with several, their deviation."""
+    lines = [
+        f"| arm | seeds | {' | '.join(columns)} |",
+        f"|---|---|{'---|' * len(columns)}",
+    ]
+    for arm, figures in results.items():
+        if figures:
+            cells = [_mean_and_deviation([f[name] for f in figures]) for name in columns]
+            lines.append(f"| {arm} | {len(figures)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_deviation(values: list[float]) -> str:
+    mean = f"{np.mean(values):.3f}"
+    return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
