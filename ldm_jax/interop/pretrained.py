@@ -109,11 +109,8 @@ def save(path: Path, params: Mapping[str, Any], origin: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in _flatten(params).items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(arrays, temporary, {"origin": origin})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_file(arrays, temporary, {"origin": origin})
+    temporary.replace(path)
 
 
 def sha256(path: Path) -> str:
