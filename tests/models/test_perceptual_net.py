@@ -86,6 +86,12 @@ def test_gradient_is_finite_where_features_are_zero(answers, params, block):
     assert (np.abs(gradient).max() > 0) == (block > 0)  # what still sees still teaches
 
 
+def test_directions_have_a_finite_gradient_at_zero():
+    """By themselves: behind a ReLU, XLA's gradient happens to drop what is not a number."""
+    unit, pullback = jax.vjp(perceptual_net._unit, jnp.zeros((1, 2, 2, 4)))
+    assert np.isfinite(pullback(jnp.ones_like(unit))[0]).all()
+
+
 def test_gradient_is_finite_where_one_image_has_no_features(answers, params):
     """Without biases the mean colour excites nothing."""
     silent = jax.tree_util.tree_map_with_path(
