@@ -130,12 +130,15 @@ def test_moving_average_is_the_closed_form():
 
 
 def test_smoothing_keeps_a_vanishing_count_from_dividing_noise():
-    """A code with no count and no sum stays 0; the sum of counts is what it was."""
-    carried = {"count": jnp.zeros(N).at[0].set(1.0), "sum": jnp.zeros((N, C)).at[0].set(2.0)}
+    """Code 0 has every latent, code 1 next to nothing, the others nothing at all."""
+    count, total = np.zeros(N, np.float32), np.zeros((N, C), np.float32)
+    count[:2], total[:2] = (1.0, 1e-8), [[2.0], [1e-6]]
     indices = np.zeros(Z.shape[:3], np.int32)
+    carried = {"count": count, "sum": total}
     codebook, _ = upkeep(AVERAGE)(CODEBOOK, carried, 0 * Z + 2, indices, jax.random.key(0))
-    np.testing.assert_array_equal(codebook[1:], 0)
     np.testing.assert_allclose(codebook[0], 2.0, rtol=1e-4)
+    np.testing.assert_allclose(codebook[1], 0.9e-6 / (0.9e-8 + 1e-5), rtol=1e-3)  # not 100
+    np.testing.assert_array_equal(codebook[2:], 0)
 
 
 def test_upkeep_without_an_average_leaves_the_codebook_alone():
