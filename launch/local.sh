@@ -30,6 +30,12 @@ install() {
   fi
   "$bin/python" -m pip install --quiet --disable-pip-version-check \
     -c "$root/constraints.txt" -e "$root[$extras]"
+  if [ "$extras" = parity ]; then
+    # Alone too: it asks for torchvision, whose build would have to match that of PyTorch, and of
+    # which the comparisons need nothing.
+    "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
+      -c "$root/constraints.txt" lpips
+  fi
   printf '%s' "$want" >"$stamp"
 }
 

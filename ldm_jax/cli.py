@@ -18,7 +18,8 @@ def main(argv: list[str] | None = None) -> None:
         verbs[arguments.verb].error(f"{overrides[0]}: this verb takes no configuration")
     _environment()
     try:
-        _join_processes(arguments)
+        if "coordinator" in arguments:
+            _join_processes(arguments)
         VERBS[arguments.verb][1](arguments, overrides)
     except InputError as error:
         if os.environ.get("LDM_TRACEBACK"):
@@ -145,6 +146,13 @@ def _evaluate(arguments, overrides):
     evaluate.run(arguments.workdir, _sample_settings(arguments))
 
 
+def _weights(arguments, overrides):
+    from ldm_jax.jobs import weights
+
+    files = [Path(file) for file in arguments.files.split(",") if file]
+    print(weights.run(arguments.name, files, arguments.out, arguments.unverified))
+
+
 def _demo(arguments, overrides):
     from ldm_jax.jobs import demo
 
@@ -167,6 +175,7 @@ VERBS = {
     "sample": ("draw images from a trained denoiser", _sample),
     "experiment": ("train and compare the arms of a configs/experiments file", _experiment),
     "evaluate": ("measure a trained first stage or denoiser", _evaluate),
+    "weights": ("fetch or convert the published weights of a frozen network", _weights),
 }
 
 
@@ -181,7 +190,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         for name, (text, _) in VERBS.items()
     }
     for name, verb in verbs.items():
-        _add_common(verb, workdir_default="runs/demo" if name == "demo" else None)
+        if name != "weights":
+            _add_common(verb, workdir_default="runs/demo" if name == "demo" else None)
     for name in ("train-autoencoder", "train-denoiser"):
         verbs[name].add_argument(
             "--config",
@@ -205,6 +215,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     for name in ("sample", "evaluate"):
         _add_sampling(verbs[name], num=16 if name == "sample" else 1000)
     verbs["sample"].add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
+    _add_weights(verbs["weights"])
     return parser, verbs
 
 
@@ -222,6 +233,21 @@ def _add_common(verb: argparse.ArgumentParser, workdir_default: str | None) -> N
     group.add_argument("--process-id", type=int)
     group.add_argument(
         "--distributed", action="store_true", help="join as the cluster says (TPU pods, SLURM, GKE)"
+    )
+
+
+def _add_weights(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("name", choices=["lpips", "inception"])
+    verb.add_argument(
+        "--from",
+        dest="files",
+        default="",
+        metavar="FILE[,FILE]",
+        help=".pth or .safetensors files that hold the weights (default: fetch the published ones)",
+    )
+    verb.add_argument("--out", type=Path, help="file to write (default: in the user's cache)")
+    verb.add_argument(
+        "--unverified", action="store_true", help="take other weights of the same shapes too"
     )
 
 

@@ -72,7 +72,10 @@ def test_no_room_without_a_name(path):
 
 def test_the_trainer_never_imports_tensorflow_or_torch():
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        # Interop reads PyTorch's files, when it is asked to: inside a function.
+        lazily = path.relative_to(PACKAGE).parts[0] == "interop"
+        for node in tree.body if lazily else ast.walk(tree):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {n.split(".")[0] for n in names} & {"tensorflow", "torch"}, path

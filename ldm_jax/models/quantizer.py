@@ -140,9 +140,10 @@ def upkeep(
         idle = count < config.restart_below
         picked = flat[jax.random.randint(key, (n,), 0, flat.shape[0])]
         codebook = jnp.where(idle[:, None], picked, codebook)
-        # A restarted code is given time: it counts as used as often as it must be.
-        count = jnp.where(idle, config.restart_below, count)
-        total = jnp.where(idle[:, None], config.restart_below * picked, total)
+        # A restarted code is given time: unused, it is idle again after log(2) / (1 - decay) steps.
+        restarted = 2 * config.restart_below
+        count = jnp.where(idle, restarted, count)
+        total = jnp.where(idle[:, None], restarted * picked, total)
     return codebook, {"count": count, "sum": total}
 
 

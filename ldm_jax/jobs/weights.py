@@ -1,0 +1,79 @@
+"""`ldm weights`: published weights of a frozen network to the one file that our jobs read."""
+
+import http.client
+import os
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ldm_jax.errors import InputError
+from ldm_jax.interop import pretrained
+
+TIMEOUT = 60  # seconds without an answer
+
+
+def run(
+    name: str, files: Sequence[Path] = (), out: Path | None = None, unverified: bool = False
+) -> Path:
+    """Converts `files`, or fetches the published ones; returns the path of what it wrote.
+
+    Raises InputError for files other than the published ones (unless `unverified`), for tensors
+    that do not fit, for an `out` that stands already, and where nothing can be fetched.
+    """
+    out = Path(out) if out else pretrained.default_path(name)
+    if out.exists():
+        raise InputError(f"{out} is there already; remove it, or name another file with --out")
+    if out.suffix != ".safetensors":
+        raise InputError(f"--out={out} must end in .safetensors; name it so")
+    published = pretrained.PUBLISHED[name]
+    for file in files or [p.file for p in published]:
+        pretrained.check_readable(file)
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"--from: {file} is no file; give the paths of what you downloaded")
+    sources = list(files) or [fetch(name, p, out.parent) for p in published]
+    if not unverified:
+        pretrained.check_published(name, sources)
+    origin = ", ".join(f"{path.name} sha256:{pretrained.sha256(path)}" for path in sources)
+    pretrained.save(out, pretrained.convert(name, sources), origin)
+    if not files:
+        for path in sources:
+            path.unlink()
+    return out
+
+
+def fetch(name: str, published: pretrained.Published, folder: Path) -> Path:
+    """Downloads a published file into `folder`; one that stands there from before is kept."""
+    path = folder / published.file
+    if path.is_file() and pretrained.sha256(path) == published.sha256:
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    print(f"fetching {published.url}", flush=True)
+    try:
+        with temporary.open("wb") as file:
+            for chunk in _chunks(name, published):
+                file.write(chunk)
+        found = pretrained.sha256(temporary)
+        if found != published.sha256:
+            raise InputError(
+                f"{published.url} arrived with the sha256 {found[:8]}.., not "
+                f"{published.sha256[:8]}..: try again, or get it elsewhere and give it with --from"
+            )
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _chunks(name: str, published: pretrained.Published) -> Iterator[bytes]:
+    try:
+        with urllib.request.urlopen(published.url, timeout=TIMEOUT) as response:
+            while chunk := response.read(2**20):
+                yield chunk
+    except (OSError, http.client.HTTPException) as error:
+        files = ",".join(p.file for p in pretrained.PUBLISHED[name])
+        raise InputError(
+            f"{published.url} cannot be fetched ({getattr(error, 'reason', None) or error}); "
+            f"download it elsewhere and run `ldm weights {name} --from={files}`"
+        ) from error

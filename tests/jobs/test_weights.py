@@ -1,0 +1,128 @@
+"""`ldm weights`: converts what was published, refuses the rest, and leaves nothing half done."""
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from ldm_jax import cli
+from ldm_jax.errors import InputError
+from ldm_jax.interop import pretrained
+from ldm_jax.jobs import weights
+from tests.interop.test_pretrained import published_inception, published_lpips
+from tests.jobs.test_errors import refused
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The user's cache, empty; no proxy between the tests and this machine."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    return tmp_path / "cache" / "ldm_jax" / "weights"
+
+
+@pytest.fixture
+def inception(tmp_path):
+    path = tmp_path / "published.safetensors"
+    save_file(published_inception(), path)
+    return path
+
+
+def publish(monkeypatch, path, url=None):
+    """Lets `path` be the published file of the Inception network."""
+    published = pretrained.Published(path.name, pretrained.sha256(path), url or path.as_uri())
+    monkeypatch.setitem(pretrained.PUBLISHED, "inception", (published,))
+    return published
+
+
+def test_two_files_become_one_that_loads(tmp_path, capsys, cache):
+    tensors = published_lpips()
+    parts = [tmp_path / "vgg16.safetensors", tmp_path / "lin.safetensors"]
+    save_file({n: t for n, t in tensors.items() if n.startswith("features")}, parts[0])
+    save_file({n: t for n, t in tensors.items() if n.startswith("lin")}, parts[1])
+    arguments = ["weights", "lpips", f"--from={parts[1]},{parts[0]}", "--unverified"]
+    cli.main(arguments)
+    out = cache / "lpips.safetensors"
+    assert capsys.readouterr().out.strip() == str(out)
+    params = pretrained.load("lpips")
+    np.testing.assert_array_equal(params["lin4"], tensors["lin4.model.1.weight"].reshape(-1))
+    before = out.read_bytes()
+    assert "is there already" in refused(capsys, arguments)
+    assert out.read_bytes() == before
+    cli.main(
+        ["weights", "lpips", f"--from={out}", "--unverified", f"--out={tmp_path}/a.safetensors"]
+    )
+    assert pretrained.load("lpips", f"{tmp_path}/a.safetensors").keys() == params.keys()
+
+
+def test_another_file_is_refused_until_it_is_said(inception, capsys, cache):
+    arguments = ["weights", "inception", f"--from={inception}"]
+    line = refused(capsys, arguments)
+    for words in (str(inception), pretrained.sha256(inception)[:8], "6726825d", "--unverified"):
+        assert words in line
+    assert not cache.exists()
+    cli.main([*arguments, "--unverified"])
+    assert pretrained.load("inception").keys() == published_inception().keys()
+
+
+def test_a_published_file_is_taken_and_its_digest_kept(inception, cache, monkeypatch):
+    published = publish(monkeypatch, inception)
+    path = weights.run("inception", [inception])
+    with safe_open(path, "numpy") as file:
+        assert file.metadata()["origin"] == f"{inception.name} sha256:{published.sha256}"
+    assert inception.exists()
+
+
+def test_without_files_the_published_ones_are_fetched(inception, cache, monkeypatch):
+    publish(monkeypatch, inception)
+    path = weights.run("inception")
+    assert path == cache / "inception.safetensors"
+    assert list(cache.iterdir()) == [path]
+
+
+def test_a_fetched_file_is_not_fetched_again(inception, cache, monkeypatch):
+    published = publish(monkeypatch, inception, "http://127.0.0.1:9/published.safetensors")
+    cache.mkdir(parents=True)
+    kept = cache / inception.name
+    kept.write_bytes(inception.read_bytes()[:-4])
+    with pytest.raises(InputError, match="cannot be fetched"):
+        weights.fetch("inception", published, cache)
+    kept.write_bytes(inception.read_bytes())
+    assert weights.fetch("inception", published, cache) == kept
+
+
+def test_a_download_that_differs_is_refused_and_removed(inception, cache, monkeypatch):
+    publish(monkeypatch, inception)
+    content = inception.read_bytes()
+    inception.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"arrived with the sha256.*--from"):
+        weights.run("inception")
+    assert list(cache.iterdir()) == []
+
+
+def test_without_a_network_the_url_and_the_way_around_it_are_named(
+    inception, capsys, cache, monkeypatch
+):
+    url = "http://127.0.0.1:9/published.safetensors"
+    publish(monkeypatch, inception, url)
+    line = refused(capsys, ["weights", "inception"])
+    for words in (url, "refused", "--from=published.safetensors"):
+        assert words in line
+    assert list(cache.iterdir()) == []
+
+
+def test_wrong_arguments_are_refused_before_any_work(inception, capsys, tmp_path, cache):
+    absent = tmp_path / "absent.safetensors"
+    out = tmp_path / "out.npz"
+    for arguments, words in (
+        ([f"--from={absent}"], "absent.safetensors is no file"),
+        ([f"--from={inception}", f"--out={out}"], "out.npz must end in .safetensors"),
+        ([f"--from={tmp_path / 'weights.pkl'}"], "weights.pkl must be a .safetensors"),
+    ):
+        assert words in refused(capsys, ["weights", "inception", *arguments])
+    save_file({"fc.bias": np.zeros(1008, np.float32)}, absent)
+    line = refused(capsys, ["weights", "inception", f"--from={absent}", "--unverified"])
+    assert "absent.safetensors: tensor" in line
+    assert "missing" in line
+    assert not cache.exists()
+    assert not out.exists()
