@@ -27,6 +27,8 @@ def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
     source, workdir = Path(source), Path(workdir)
     if jax.process_count() > 1:
         raise InputError("an import is the work of one process; start it without --distributed")
+    if not source.exists():
+        raise InputError(f"{source} does not exist; check --from")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"workdir {workdir} is not empty; import into a new one")
     values = settings.load_config_file(config) if config else {}
