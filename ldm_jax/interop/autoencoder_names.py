@@ -61,12 +61,15 @@ def diffusers_names(config: autoencoder.Config) -> Names:
 
     def level(side, i, kind, j):
         block = f"{side}.down_blocks.{i}" if side == "encoder" else f"{side}.up_blocks.{last - i}"
-        return f"{block}." + {
-            "block": f"resnets.{j}",
-            "attention": f"attentions.{j}",
-            "downsample": "downsamplers.0.conv",
-            "upsample": "upsamplers.0.conv",
-        }.get(kind, kind)
+        return (
+            f"{block}."
+            + {
+                "block": f"resnets.{j}",
+                "attention": f"attentions.{j}",
+                "downsample": "downsamplers.0.conv",
+                "upsample": "upsamplers.0.conv",
+            }[kind]
+        )
 
     return _names(config, level, DIFFUSERS_MODULES, DIFFUSERS_PARTS, attention=LINEAR_TO_CONV)
 
@@ -75,12 +78,15 @@ def compvis_names(config: autoencoder.Config) -> Names:
     """The map to `AutoencoderKL`, `VQModel` and `VQModelInterface` of CompVis' code."""
 
     def level(side, i, kind, j):
-        return f"{side}.{'down' if side == 'encoder' else 'up'}.{i}." + {
-            "block": f"block.{j}",
-            "attention": f"attn.{j}",
-            "downsample": "downsample.conv",
-            "upsample": "upsample.conv",
-        }.get(kind, kind)
+        return (
+            f"{side}.{'down' if side == 'encoder' else 'up'}.{i}."
+            + {
+                "block": f"block.{j}",
+                "attention": f"attn.{j}",
+                "downsample": "downsample.conv",
+                "upsample": "upsample.conv",
+            }[kind]
+        )
 
     return _names(config, level, COMPVIS_MODULES, COMPVIS_PARTS, attention=CONV)
 

@@ -95,7 +95,7 @@ def _torch_state_dict(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
-    reason = str(error).splitlines()[0][:100]
+    reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])[:100]
     return InputError(f"{path} is damaged or no PyTorch file ({reason}); fetch it again")
 
 

@@ -59,6 +59,7 @@ def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
 
 def _settings(values: dict[str, Any], overrides: list[str]) -> settings.AutoencoderRun:
     run_config = settings.apply_overrides(settings.AutoencoderRun, values, overrides)
+    assert isinstance(run_config, settings.AutoencoderRun)
     return dataclasses.replace(run_config, ema=ema.Config(decay=0.0))
 
 
