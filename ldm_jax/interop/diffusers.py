@@ -14,7 +14,7 @@ from ldm_jax.models import autoencoder
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 CLASSES = {"kl": "AutoencoderKL", "vq": "VQModel"}
-VERSION = "0.36.0"  # the oldest diffusers whose classes have all of these fields
+VERSION = "0.36.0"  # of the format: the lower bound of the `parity` extra
 
 # Fields with their values where a config.json lacks them.
 ARCHITECTURE = {

@@ -55,6 +55,7 @@ def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
     save_params(workdir, jax.tree.map(jax.numpy.asarray, params), 0, {"imported": imported})
     # Last, so that a workdir which has it is whole.
     write_json(workdir / "run.json", record | {"imported": imported})
+    print(workdir)
 
 
 def _settings(values: dict[str, Any], overrides: list[str]) -> settings.AutoencoderRun:

@@ -13,7 +13,7 @@ from ldm_jax.interop import diffusers
 from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
 from ldm_jax.interop.names import to_ours, to_theirs
 from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.models import autoencoder, quantizer
+from ldm_jax.models import quantizer
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh
 from ldm_jax.train.checkpoint import load_weights
 from tests import tiny
@@ -136,12 +136,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(capsys, tmp_pat
     assert not workdir.exists()
 
 
-def test_a_trained_run_exports_its_average(tmp_path, first_stage):
+def test_a_trained_run_exports_its_average_and_the_scale_of_its_cache(tmp_path, first_stage):
     assert tiny.AUTOENCODER.ema.decay
+    manifest = json.loads((first_stage / "latents" / "train" / "manifest.json").read_text())
     cli.main(["export", f"--workdir={first_stage}", f"--out={tmp_path / 'out'}"])
     model = load_first_stage(first_stage, make_mesh(MeshConfig()))
     tensors = load_file(tmp_path / "out" / diffusers.WEIGHTS)
     ours = to_ours(diffusers_names(model.config), tensors, shapes(model.config))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(host_array(a), b), model.params, ours)
-    x = np.zeros((1, 8, 8, 3), np.float32)
-    assert autoencoder.encode(model.config, ours, x).shape == (1, 4, 4, 4)
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["scaling_factor"] == 1 / manifest["global_std"]
