@@ -59,10 +59,12 @@ def first_stage_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     inside = [name for name in names if name.startswith(PREFIX)] or names
     stripped = {name: name.removeprefix(PREFIX) for name in inside}
-    if any(".down_blocks." in name for name in stripped.values()):
-        raise InputError(
-            "the file has the names of diffusers; give its folder, with config.json in it"
-        )
+    for name in stripped.values():
+        if ".down_blocks." in name:
+            raise InputError(
+                f"{name} is a name of diffusers, not of CompVis; give the folder that the file is "
+                "in, with its config.json"
+            )
     return {full: name for full, name in stripped.items() if not name.startswith(IGNORED)}
 
 
