@@ -84,8 +84,9 @@ def _train_denoiser(arguments, overrides):
 
 def _run_config(cls, job, arguments, overrides):
     from ldm_jax.jobs import settings
-    from ldm_jax.train.run_dir import read_run
+    from ldm_jax.train.run_dir import check_trainable, read_run
 
+    check_trainable(arguments.workdir)
     if arguments.config:
         return settings.load_run(cls, arguments.config, overrides)
     record = read_run(arguments.workdir)
@@ -153,6 +154,18 @@ def _weights(arguments, overrides):
     print(weights.run(arguments.name, files, arguments.out, arguments.unverified))
 
 
+def _import(arguments, overrides):
+    from ldm_jax.jobs import import_weights
+
+    import_weights.run(arguments.source, arguments.workdir, arguments.config, overrides)
+
+
+def _export(arguments, overrides):
+    from ldm_jax.jobs import export_weights
+
+    export_weights.run(arguments.workdir, arguments.out)
+
+
 def _demo(arguments, overrides):
     from ldm_jax.jobs import demo
 
@@ -176,6 +189,8 @@ VERBS = {
     "experiment": ("train and compare the arms of a configs/experiments file", _experiment),
     "evaluate": ("measure a trained first stage or denoiser", _evaluate),
     "weights": ("fetch or convert the published weights of a frozen network", _weights),
+    "import": ("make a run directory of a first stage by diffusers or CompVis", _import),
+    "export": ("write a first stage for diffusers", _export),
 }
 
 
@@ -216,6 +231,21 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         _add_sampling(verbs[name], num=16 if name == "sample" else 1000)
     verbs["sample"].add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
     _add_weights(verbs["weights"])
+    verbs["import"].add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="DIR_OR_FILE",
+        help="folder of diffusers' AutoencoderKL or VQModel; .ckpt or .safetensors by CompVis",
+    )
+    verbs["import"].add_argument(
+        "--config",
+        default="",
+        metavar="FILE:VARIANT",
+        help="images and, for a file, architecture; fields are changed with --config.a.b=VALUE",
+    )
+    verbs["export"].add_argument("--out", type=Path, required=True, help="new folder to write")
     return parser, verbs
 
 

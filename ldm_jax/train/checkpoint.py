@@ -188,3 +188,17 @@ def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = Non
         return Weights(checkpoints.restore_item(step, which, like), step, which)
     finally:
         checkpoints.close()
+
+
+def save_params(workdir: Path, params: Any, step: int, meta: dict[str, Any]) -> None:
+    """Writes a checkpoint of weights alone, which `load_weights` reads and no training resumes."""
+    checkpoints = Checkpoints(workdir)
+    items = {
+        "params": ocp.args.StandardSave(params),
+        "meta": ocp.args.JsonSave({**meta, "step": step}),
+    }
+    try:
+        checkpoints._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()

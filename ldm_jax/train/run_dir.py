@@ -102,6 +102,7 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
     workdir, path = Path(workdir), Path(workdir) / "run.json"
     record = describe(job, to_json(config), mesh, data)
     if path.exists():
+        check_trainable(workdir)
         previous = read_run(workdir)
         check_same(workdir, previous, record)
         history = previous.pop("history", [])
@@ -128,6 +129,15 @@ def open_experiment(workdir: Path, plan: dict[str, Any]) -> None:
         )
     if jax.process_index() == 0:
         write_json(path, plan)
+
+
+def check_trainable(workdir: Path) -> None:
+    """Raises InputError for a run of imported weights, which has no optimizer to go on with."""
+    if (Path(workdir) / "run.json").exists() and "imported" in read_run(workdir):
+        raise InputError(
+            f"workdir {workdir} holds imported weights and cannot be trained further; train in a "
+            f"new workdir that starts from them, with --config.init_from={workdir}"
+        )
 
 
 def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) -> None:

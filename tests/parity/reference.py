@@ -5,10 +5,10 @@ from typing import Any
 import jax
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 
+from ldm_jax.interop import names
 from ldm_jax.models import autoencoder, unet
-from tests.parity import names
 
 torch.set_num_threads(1)  # the models are small, and spinning threads slow the other worker down
 
@@ -29,20 +29,28 @@ CARRIERS = (".conv_shortcut.", "samplers.0.conv.", ".proj_out.")
 SHARP = (".to_q.", ".to_k.")  # else attention is uniform, and nothing in it is seen
 
 
-def autoencoder_kl(config: autoencoder.Config) -> torch.nn.Module:
-    """The AutoencoderKL of the same architecture."""
+def first_stage(config: autoencoder.Config) -> torch.nn.Module:
+    """The AutoencoderKL or VQModel of the same architecture."""
     levels = range(len(config.width_multipliers))
     attends = [config.resolution // 2**i in config.attention_resolutions for i in levels]
-    return AutoencoderKL(
+    fields = dict(
         in_channels=config.image_channels,
         out_channels=config.image_channels,
         down_block_types=[f"{'Attn' * a}DownEncoderBlock2D" for a in attends],
         up_block_types=[f"{'Attn' * a}UpDecoderBlock2D" for a in reversed(attends)],
         block_out_channels=[config.width * m for m in config.width_multipliers],
         layers_per_block=config.num_res_blocks,
-        latent_channels=config.latent_channels,
+        latent_channels=config.z_channels,
         norm_num_groups=config.norm_groups,
         sample_size=config.resolution,
+        mid_block_add_attention=config.middle_attention,
+    )
+    if config.latent == "kl":
+        return AutoencoderKL(**fields)
+    return VQModel(
+        **fields,
+        num_vq_embeddings=config.quantizer.codebook_size,
+        vq_embed_dim=config.latent_channels,
     )
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ldm_jax.errors import InputError
+from ldm_jax.interop import names, unet_names
 from ldm_jax.models import unet
-from tests.parity import names, reference
+from tests.parity import reference
 
 pytestmark = pytest.mark.parity
 
@@ -87,7 +88,7 @@ def compiled(config):
 def our_answers(config, context_dim, gain):
     """The output and its pullback to z_t."""
     model = their_model(config, context_dim, gain)
-    name_map = names.unet_names(config, context_dim)
+    name_map = unet_names.unet_names(config, context_dim)
     params = reference.parameters(model, name_map, shapes(config, context_dim))
     return compiled(config)(params, Z_T, COTANGENT, context_of(context_dim))
 
@@ -172,7 +173,7 @@ def test_gate_before_value_is_caught():
 
 @pytest.mark.parametrize(("config", "context_dim"), CONFIGS.values(), ids=CONFIGS)
 def test_names_use_every_tensor_once_and_go_both_ways(config, context_dim):
-    name_map = names.unet_names(config, context_dim)
+    name_map = unet_names.unet_names(config, context_dim)
     used = [name for entry in name_map.values() for name in entry.theirs]
     theirs = reference.tensors(their_architecture(config, context_dim))
     assert sorted(used) == sorted(theirs)
@@ -186,4 +187,4 @@ def test_names_use_every_tensor_once_and_go_both_ways(config, context_dim):
 def test_names_refuse_what_the_reference_cannot_express():
     config = dataclasses.replace(CLASS[0], resample_in_blocks=True)
     with pytest.raises(InputError, match="resample_in_blocks"):
-        names.unet_names(config, 6)
+        unet_names.unet_names(config, 6)

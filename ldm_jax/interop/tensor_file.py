@@ -1,0 +1,51 @@
+"""Files of named tensors in the safetensors format, read as f32 whatever they are stored as."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ldm_jax.errors import InputError
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names in a file; InputError when it is damaged."""
+    with _opened(path) as file:
+        return list(file.keys())
+
+
+def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The named tensors as f32; InputError for one that is no floating-point array."""
+    with _opened(path) as file:
+        return {name: to_f32(path, name, file.get_tensor(name)) for name in names}
+
+
+def to_f32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
+    """bf16, f16, f32 or f64 -> f32; InputError for integers and the like."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(
+            f"{path}: {name} holds {array.dtype}, and weights are floating-point numbers; convert "
+            "the file to f32, f16 or bf16"
+        )
+    return array.astype(np.float32)
+
+
+def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes f32 tensors in the order of their names."""
+    # The format's writer takes an array's memory as it lies, whatever its strides say.
+    arrays = {n: np.ascontiguousarray(tensors[n], np.float32) for n in sorted(tensors)}
+    save_file(arrays, path, metadata={"format": "pt"})
+
+
+def _opened(path: Path):
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; check the path")
+    try:
+        return safe_open(path, "numpy")
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is damaged or no safetensors file ({error}); fetch it again"
+        ) from error

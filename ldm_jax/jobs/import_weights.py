@@ -1,0 +1,74 @@
+"""`ldm import`: a first stage of another library becomes a run directory."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ldm_jax.errors import InputError
+from ldm_jax.interop import compvis, diffusers
+from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
+from ldm_jax.interop.names import to_ours
+from ldm_jax.jobs import settings
+from ldm_jax.sharding import MeshConfig, make_mesh
+from ldm_jax.train import ema
+from ldm_jax.train.checkpoint import save_params
+from ldm_jax.train.run_dir import describe, to_json, write_json
+
+
+def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
+    """Makes `workdir` a run of `train-autoencoder` whose checkpoint is the weights in `source`.
+
+    A folder of diffusers brings its architecture, and `config` (FILE:VARIANT, or "") the rest; a
+    file in CompVis' names needs a `config` for both. Raises InputError before anything is written.
+    """
+    source, workdir = Path(source), Path(workdir)
+    if jax.process_count() > 1:
+        raise InputError("an import is the work of one process; start it without --distributed")
+    if not source.exists():
+        raise InputError(f"{source} does not exist; check --from")
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise InputError(f"workdir {workdir} is not empty; import into a new one")
+    values = settings.load_config_file(config) if config else {}
+    if source.is_dir():
+        fields = diffusers.read_config(source)
+        run_config = _settings(_with_architecture(values, fields), overrides)
+        names, tensors = diffusers_names(run_config.model), diffusers.read_tensors(source)
+        file = source / diffusers.WEIGHTS
+        told = {"format": fields["_class_name"], "diffusers": diffusers.kept(fields)}
+    else:
+        if not config:
+            raise InputError(
+                f"{source} does not say its architecture; give --config=FILE:VARIANT, such as "
+                "configs/autoencoder.py:kl-f8"
+            )
+        run_config = _settings(values, overrides)
+        names, tensors = compvis_names(run_config.model), compvis.read_file(source)
+        file, told = source, {"format": "CompVis"}
+    params = to_ours(names, tensors, shapes(run_config.model))
+    with file.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    imported = {"source": str(file), "sha256": digest, **told}
+    record = describe("train-autoencoder", to_json(run_config), make_mesh(MeshConfig()), {})
+    save_params(workdir, jax.tree.map(jax.numpy.asarray, params), 0, {"imported": imported})
+    # Last, so that a workdir which has it is whole.
+    write_json(workdir / "run.json", record | {"imported": imported})
+    print(workdir)
+
+
+def _settings(values: dict[str, Any], overrides: list[str]) -> settings.AutoencoderRun:
+    run_config = settings.apply_overrides(settings.AutoencoderRun, values, overrides)
+    assert isinstance(run_config, settings.AutoencoderRun)
+    return dataclasses.replace(run_config, ema=ema.Config(decay=0.0))
+
+
+def _with_architecture(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    images = {"source": "folder", **values.get("images", {})}
+    model = diffusers.architecture(fields, images.get("resolution", 0))
+    given = values.get("model", {})
+    if "quantizer" in model:
+        model["quantizer"] = {**given.get("quantizer", {}), **model["quantizer"]}
+    images["resolution"] = model["resolution"]
+    return {**values, "images": images, "model": {**given, **model}}
