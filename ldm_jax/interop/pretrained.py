@@ -163,7 +163,7 @@ def _torch(file: str | Path) -> Any:
         import torch
     except ImportError as error:
         raise InputError(
-            f"{file} takes PyTorch to read: pip install '.[parity]', or convert it to .safetensors "
+            f"{file} takes PyTorch to read: pip install '.[torch]', or convert it to .safetensors "
             "elsewhere and give that"
         ) from error
     return torch

@@ -133,7 +133,7 @@ def _table(rebuilt: dict[str, float], figures: dict[str, float]) -> list[tuple[s
 
 
 def _curve(workdir: Path, name: str) -> dict[str, tuple[list[float], list[float]]]:
-    lines = read_metrics(workdir)
+    lines = [line for line in read_metrics(workdir) if name in line]  # not the evaluations'
     return {name: ([m["step"] for m in lines], [m[name] for m in lines])}
 
 

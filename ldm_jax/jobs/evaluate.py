@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import numpy as np
 
 from ldm_jax.data import images
 from ldm_jax.errors import InputError
-from ldm_jax.eval import digits, frechet, reconstruction
+from ldm_jax.eval import digits, frechet
+from ldm_jax.eval.first_stage import measure
 from ldm_jax.jobs import sample
-from ldm_jax.jobs.first_stage import FirstStage, load_first_stage
-from ldm_jax.models import autoencoder
-from ldm_jax.sharding import MeshConfig, batch_sharding, host_array, make_mesh, use_mesh
+from ldm_jax.jobs.first_stage import load_first_stage
+from ldm_jax.jobs.first_stage_evaluation import compile_reconstruction, reconstruct
+from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.run_dir import read_run
 
 Figures = dict[str, float]
@@ -50,50 +52,32 @@ def all_images(source: images.Images) -> tuple[np.ndarray, np.ndarray]:
     return batch["image"], batch["label"]
 
 
-def reconstruct(
-    first_stage: FirstStage, pictures: np.ndarray, mesh, batch_size: int = 100
-) -> np.ndarray:
-    """uint8 [N,H,W,3] through encoder, posterior mean and decoder, rounded and clipped."""
-
-    def forward(params, image):
-        with use_mesh(mesh):
-            x = autoencoder.to_unit(image)
-            z = autoencoder.mode(
-                first_stage.config, autoencoder.encode(first_stage.config, params, x)
-            )
-            return autoencoder.to_uint8(autoencoder.decode(first_stage.config, params, z))
-
-    forward = jax.jit(forward, out_shardings=batch_sharding(mesh))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(batch_size, len(pictures)) // ways) * ways
-    out = []
-    for start in range(0, len(pictures), size):
-        rows = np.minimum(np.arange(start, start + size), len(pictures) - 1)
-        image = jax.device_put(pictures[rows], batch_sharding(mesh))
-        out.append(host_array(forward(first_stage.params, image)))
-    return np.concatenate(out)[: len(pictures)]
-
-
-def reconstruction_figures(workdir: Path, limit: int = 10_000) -> Figures:
-    """PSNR (dB) and SSIM over the held-out split, its first `limit` images."""
+def reconstruction_figures(
+    workdir: Path,
+    limit: int = 10_000,
+    *,
+    lpips: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
+    features: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Figures:
+    """Figures over the held-out split, its first `limit` images; see `eval.first_stage.measure`."""
     mesh = make_mesh(MeshConfig())
     first_stage = load_first_stage(workdir, mesh)
     source = images.open_images(first_stage.run.images, "held_out", augment=False)
-    psnr, ssim = [], []
-    for start in range(0, min(len(source), limit), 500):
-        indices = np.arange(start, min(start + 500, len(source), limit), dtype=np.int64)
-        pictures = source.read(indices, indices)["image"]
-        rebuilt = reconstruct(first_stage, pictures, mesh)
-        psnr.append(reconstruction.psnr(pictures, rebuilt))
-        ssim.append(reconstruction.ssim(pictures, rebuilt))
-    psnr, ssim = np.concatenate(psnr), np.concatenate(ssim)
-    return {
-        "psnr_db": float(psnr.mean()),
-        "psnr_db_std": float(psnr.std()),
-        "ssim": float(ssim.mean()),
-        "num_images": float(len(psnr)),
-        "step": float(first_stage.step),
-    }
+    count = min(len(source), limit)
+    forward = compile_reconstruction(first_stage.config, mesh, min(100, count))
+
+    def batches():
+        for start in range(0, count, 500):
+            indices = np.arange(start, min(start + 500, count), dtype=np.int64)
+            yield source.read(indices, indices)["image"]
+
+    figures = measure(
+        lambda pictures: forward(first_stage.params, pictures),
+        batches(),
+        lpips=lpips,
+        features=features,
+    )
+    return figures | {"step": float(first_stage.step)}
 
 
 def digit_figures(workdir: Path, settings: sample.Settings) -> Figures:

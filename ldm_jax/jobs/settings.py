@@ -41,6 +41,8 @@ class AutoencoderRun:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     keep_every: int = 0
+    eval_every: int = 0  # steps between evaluations on held-out images; 0 = none
+    eval_images: int = 256  # of them, the first ones, in each evaluation
     data_threads: int = 2  # that prepare batches ahead, per process
     images: ImagesConfig = ImagesConfig()
     model: AutoencoderConfig = AutoencoderConfig()
@@ -68,6 +70,8 @@ class AutoencoderRun:
                 f"sees images of at least {3 * 2**layers} pixels a side; use larger images or "
                 "--config.adversarial.discriminator.num_layers=2"
             )
+        if self.eval_images < 1:
+            raise InputError(f"eval_images {self.eval_images} must be at least 1")
         if self.images.resolution != self.model.resolution:
             raise InputError(
                 f"images.resolution {self.images.resolution} must equal model.resolution "
@@ -115,7 +119,8 @@ def loop_config(run: Run) -> LoopConfig:
         raise InputError(f"seed {run.seed} must be in 0..2**32 - 1")
     if run.data_threads < 1:
         raise InputError(f"data_threads {run.data_threads} must be at least 1")
-    return LoopConfig(**{f.name: getattr(run, f.name) for f in dataclasses.fields(LoopConfig)})
+    names = [f.name for f in dataclasses.fields(LoopConfig) if hasattr(run, f.name)]
+    return LoopConfig(**{name: getattr(run, name) for name in names})
 
 
 def build(cls: type, values: dict[str, Any], where: str = "config") -> Any:

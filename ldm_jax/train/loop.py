@@ -33,11 +33,18 @@ class Config:
     checkpoint_every: int
     keep_checkpoints: int = 2  # newest ones
     keep_every: int = 0  # and every multiple of this; 0 = none
+    eval_every: int = 0  # steps between evaluations, and one at the end; 0 = none
 
     def __post_init__(self):
+        if self.eval_every < 0:
+            raise InputError(f"eval_every {self.eval_every} must be at least 0, which is never")
         for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} {getattr(self, field)} must be at least 1")
+
+
+# (state, step) -> figures, and pictures uint8 [H,W,3], both by name.
+Evaluate = Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
 
 
 class Meter:
@@ -93,12 +100,14 @@ def train(
     batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]],
     batch_size: int,
     mesh: Mesh,
+    evaluate: Evaluate | None = None,
 ) -> TrainState:
     """Runs to `num_steps`, from the newest checkpoint in `workdir` when there is one.
 
     `batches(start)` yields this process's slices of the global batches from step `start` on: the
     data position is the step and nothing else. Raises whatever the data raises, after saving the
-    last complete step; exits with 128 + signal when asked to stop, likewise.
+    last complete step; exits with 128 + signal when asked to stop, likewise. Every process calls
+    `evaluate`; its figures are a line of their own, written before the checkpoint of their step.
     """
     is_main = jax.process_index() == 0
     lock = lock_workdir(workdir) if is_main else None
@@ -140,9 +149,22 @@ def train(
                 late = metrics
                 done = n + 1
                 stopping = bool(stop.signal) or checkpoints.reached_preemption(done)
-                if stopping or done % config.checkpoint_every == 0 or done == config.num_steps:
+                last = done == config.num_steps
+                saving = stopping or done % config.checkpoint_every == 0 or last
+                due = config.eval_every and (done % config.eval_every == 0 or last)
+                if saving or (evaluate and due):
                     _record(late, meter, done, config, writer, clock, clock_step, batch_size)
                     late = None
+                if evaluate and due:
+                    began = time.perf_counter()
+                    try:
+                        _write_evaluation(*evaluate(state, done), done, writer)
+                    except Exception:
+                        if jax.process_count() == 1:
+                            save()  # what was trained outlives a fault in judging it
+                        raise
+                    clock += time.perf_counter() - began  # no part of the images per second
+                if saving:
                     save()
                 elif jax.default_backend() == "cpu":
                     # Fake devices share one thread pool; two steps in flight can starve each other.
@@ -197,6 +219,12 @@ def _record(metrics, meter, done, config, writer, clock, clock_step, batch_size)
     rate = (done - clock_step) / max(time.perf_counter() - clock, 1e-9)
     scalars = meter.flush()
     writer.write_scalars(done, scalars | {"time/images_per_second": rate * batch_size})
+    writer.flush()
+
+
+def _write_evaluation(scalars, images, done, writer) -> None:
+    writer.write_scalars(done, {f"eval/{name}": value for name, value in scalars.items()})
+    writer.write_images(done, {f"eval/{name}": image for name, image in images.items()})
     writer.flush()
 
 

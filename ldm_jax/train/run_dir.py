@@ -25,6 +25,8 @@ FREE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
+    "eval_every",
+    "eval_images",
     "data_threads",
 )
 

@@ -71,7 +71,7 @@ def step(state, batch):
     return TrainState(state.step + 1, {"w": w}, {}, {"m": m}), metrics
 
 
-def run(workdir, mesh, data=None, config=CONFIG, step=step):
+def run(workdir, mesh, data=None, config=CONFIG, step=step, evaluate=None):
     return loop.train(
         config,
         workdir=workdir,
@@ -81,6 +81,7 @@ def run(workdir, mesh, data=None, config=CONFIG, step=step):
         batches=data or Data(),
         batch_size=2,
         mesh=mesh,
+        evaluate=evaluate,
     )
 
 

@@ -115,10 +115,17 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
         "keep_every": 3,
         "data_threads": 4,
     }
-    assert set(free) == set(run_dir.FREE_FIELDS)
+    of_first_stages = {"eval_every": 5, "eval_images": 6}
+    assert set(free) | set(of_first_stages) == set(run_dir.FREE_FIELDS)
     for name, value in free.items():
         open_run(tmp_path, "train-denoiser", dataclasses.replace(RUN, **{name: value}), mesh, DATA)
         start(tmp_path, mesh)
+    first_stage = lambda **changes: open_run(  # noqa: E731
+        tmp_path / "first", "j", dataclasses.replace(tiny.AUTOENCODER, **changes), mesh, DATA
+    )
+    first_stage()
+    for name, value in of_first_stages.items():
+        first_stage(**{name: value})
 
 
 def test_field_of_a_group_is_not_free_for_having_a_free_name(tmp_path, mesh):
