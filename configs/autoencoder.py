@@ -72,6 +72,7 @@ def _published(name):
     c.num_steps = 500_000
     c.log_every = 100
     c.checkpoint_every = 5_000
+    c.eval_every = 5_000
     c.data_threads = 8
     c.images = ml_collections.ConfigDict(
         {"source": "folder", "path": "", "resolution": 256, "crop": "random", "flip": True}

@@ -14,9 +14,10 @@ from ldm_jax.data import images
 from ldm_jax.errors import InputError
 from ldm_jax.eval import digits, frechet
 from ldm_jax.eval.first_stage import measure
+from ldm_jax.interop import pretrained
 from ldm_jax.jobs import sample
 from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.jobs.first_stage_evaluation import compile_reconstruction, reconstruct
+from ldm_jax.jobs.first_stage_evaluation import compile_lpips, compile_reconstruction, reconstruct
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.run_dir import read_run
 
@@ -25,9 +26,10 @@ Figures = dict[str, float]
 
 def run(workdir: Path, settings: sample.Settings) -> Figures:
     """Measures, prints and appends to `evaluation.jsonl`; what is measured depends on the run."""
-    job = read_run(workdir)["job"]
+    record = read_run(workdir)
+    job = record["job"]
     if job == "train-autoencoder":
-        figures, how = reconstruction_figures(workdir), {}
+        figures, how = reconstruction_figures(workdir, lpips=_lpips(record["config"])), {}
     else:
         figures, how = digit_figures(workdir, settings), dataclasses.asdict(settings)
     if jax.process_index() == 0:
@@ -43,6 +45,14 @@ def run(workdir: Path, settings: sample.Settings) -> Figures:
         with (Path(workdir) / "evaluation.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     return figures
+
+
+def _lpips(config: dict[str, Any]) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
+    """LPIPS where its weights have been put or the run names their file; None elsewhere."""
+    file = config["loss"].get("perceptual_file", "")
+    if not file and not pretrained.default_path("lpips").is_file():
+        return None
+    return compile_lpips(pretrained.load("lpips", file))
 
 
 def all_images(source: images.Images) -> tuple[np.ndarray, np.ndarray]:

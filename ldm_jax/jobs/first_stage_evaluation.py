@@ -13,7 +13,7 @@ from ldm_jax.eval.images_out import grid
 from ldm_jax.eval.reconstruction import psnr
 from ldm_jax.jobs.first_stage import FirstStage
 from ldm_jax.jobs.settings import AutoencoderRun
-from ldm_jax.models import autoencoder
+from ldm_jax.models import autoencoder, perceptual_net
 from ldm_jax.sharding import batch_sharding, host_array, process_slice, put_batch, use_mesh
 from ldm_jax.train.loop import Evaluate
 from ldm_jax.train.state import TrainState
@@ -60,6 +60,14 @@ def reconstruct(
     """uint8 [N,H,W,3] through encoder, most likely latent and decoder, rounded and clipped."""
     forward = compile_reconstruction(first_stage.config, mesh, min(batch_size, len(pictures)))
     return forward(first_stage.params, pictures)
+
+
+def compile_lpips(params: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """(originals, reconstructions), uint8 [B,H,W,3] each -> LPIPS f32 [B], on one device."""
+    distance = jax.jit(
+        lambda p, x, y: perceptual_net.lpips(p, autoencoder.to_unit(x), autoencoder.to_unit(y))
+    )
+    return lambda x, y: np.asarray(distance(params, x, y))
 
 
 def make_evaluation(

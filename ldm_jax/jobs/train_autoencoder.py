@@ -15,6 +15,7 @@ from ldm_jax.data.order import Order
 from ldm_jax.errors import InputError
 from ldm_jax.interop import pretrained
 from ldm_jax.jobs.first_stage import load_first_stage, tree_hash
+from ldm_jax.jobs.first_stage_evaluation import compile_lpips, make_evaluation
 from ldm_jax.jobs.settings import AutoencoderRun
 from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import autoencoder
@@ -70,7 +71,6 @@ def run(
     shape = jax.ShapeDtypeStruct((config.batch_size, side, side, channels), "uint8")
     check_traces(compute, {"image": shape})
     open_run(workdir, "train-autoencoder", config, mesh, data)
-    perceptual = jax.device_put(perceptual, replicated(mesh))
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         return {"image": source.read(indices, positions)["image"]}
@@ -91,13 +91,16 @@ def run(
             config.ema,
             mesh,
             shardings,
-            perceptual,
+            jax.device_put(perceptual, replicated(mesh)),
         ),
         read=read,
         order=Order(len(source), config.seed),
         init_extra=init_extra,
         extra_axes=adversarial.axes(config.adversarial, channels),
         start_from=start_from,
+        evaluate=make_evaluation(
+            config, mesh, lpips=compile_lpips(perceptual) if perceptual else None
+        ),
     )
 
 

@@ -54,13 +54,14 @@ def fit(
     init_extra: Callable[[Any], Any] | None = None,
     extra_axes: Any = (),
     start_from: Any = None,
+    evaluate: loop.Evaluate | None = None,
 ) -> TrainState:
     """Trains to `run.num_steps` in `workdir`, from its newest checkpoint when it has one.
 
     `init` makes the parameters from a key and `axes` names their logical axes; `make_step` compiles
     the step for a tree of shardings; `read` gives a batch of host arrays for dataset indices [b]
     and stream positions [b], in the given `order`. `start_from` are parameters to begin with
-    instead.
+    instead. `evaluate` is called every `run.eval_every` steps.
     """
     state, shardings = init_state(
         lambda: init(key_for(run.seed, "init")),
@@ -72,9 +73,16 @@ def fit(
         extra_axes=extra_axes,
     )
     if start_from is not None:
-        copy = lambda tree: jax.tree.map(jnp.copy, tree)  # noqa: E731
-        ema = copy(start_from) if run.ema.decay else {}
-        state = dataclasses.replace(state, params=copy(start_from), ema=ema)
+        begin = jax.jit(
+            lambda p: (
+                jax.tree.map(jnp.copy, p),
+                jax.tree.map(jnp.copy, p) if run.ema.decay else {},
+                init_extra(p) if init_extra else {},
+            ),
+            out_shardings=(shardings.params, shardings.ema, shardings.extra),
+        )
+        params, ema, extra = begin(start_from)
+        state = dataclasses.replace(state, params=params, ema=ema, extra=extra)
     if jax.process_index() == 0:
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         print(overview, file=sys.stderr)
@@ -96,4 +104,5 @@ def fit(
         ),
         batch_size=run.batch_size,
         mesh=mesh,
+        evaluate=evaluate,
     )
