@@ -16,7 +16,7 @@ VARIANTS = ("photographs", "smoke")
 
 def get_config(variant: str = "photographs") -> ml_collections.ConfigDict:
     smoke = {"photographs": False, "smoke": True}[variant]
-    steps = 12 if smoke else 700
+    steps = 12 if smoke else 500
     arms = {}
     for latent in ("kl", "vq"):
         for name, weight in (("l1", 0.0), ("l1-gan", 0.5)):
