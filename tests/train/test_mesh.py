@@ -61,6 +61,29 @@ def test_first_ten_losses_are_equal_on_every_mesh(runs):
         np.testing.assert_allclose(losses(done[name][1]), reference, rtol=1e-5, err_msg=name)
 
 
+def test_the_adversary_is_equal_on_every_mesh(runs):
+    """Its losses, its weight, and batch statistics: those of the global batch."""
+    stage, done = runs
+    if stage == "denoiser":
+        return
+    reference = read_metrics(done["1 device"][1])
+    statistics = host(done["1 device"][0].extra["discriminator"]["statistics"])
+    started = tiny.AUTOENCODER.adversarial.start
+    assert all((line["discriminator"] > 0) == (line["step"] > started) for line in reference)
+    for name in MESHES:
+        for got, want in zip(read_metrics(done[name][1]), reference, strict=True):
+            for metric in ("discriminator", "generator", "adversarial_weight"):
+                np.testing.assert_allclose(
+                    got[metric], want[metric], rtol=1e-4, err_msg=f"{name}, {metric}"
+                )
+        got = host(done[name][0].extra["discriminator"]["statistics"])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, statistics)
+
+
+def host(tree):
+    return jax.tree.map(host_array, tree)
+
+
 def test_state_is_really_sharded_over_fsdp(runs):
     _, done = runs
     state = done["2x4 data, fsdp"][0]
