@@ -71,4 +71,6 @@ def _with_architecture(values: dict[str, Any], fields: dict[str, Any]) -> dict[s
     if "quantizer" in model:
         model["quantizer"] = {**given.get("quantizer", {}), **model["quantizer"]}
     images["resolution"] = model["resolution"]
-    return {**values, "images": images, "model": {**given, **model}}
+    # Nothing is trained here, so no model is too small for a loss.
+    loss = {"perceptual_weight": 0.0, **values.get("loss", {})}
+    return {**values, "images": images, "model": {**given, **model}, "loss": loss}

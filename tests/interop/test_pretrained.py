@@ -158,7 +158,7 @@ def test_the_error_of_a_file_names_it(tmp_path, lpips):
 
 def test_a_pth_without_torch_is_refused_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(InputError, match=r"pip install '\.\[parity\]'"):
+    with pytest.raises(InputError, match=r"pip install '\.\[torch\]'"):
         pretrained.read_tensors(tmp_path / "vgg.pth")
 
 

@@ -12,6 +12,7 @@ from ldm_jax import cli
 from ldm_jax.interop import diffusers
 from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
 from ldm_jax.interop.names import to_ours, to_theirs
+from ldm_jax.jobs import train_autoencoder
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.models import quantizer
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh
@@ -81,6 +82,20 @@ def test_an_import_is_not_trained_further(capsys, kl_run):
         assert f"--config.init_from={kl_run}" in line
     with pytest.raises(Exception, match="lacks"):
         load_weights(kl_run, shapes(KL), which="ema")
+
+
+def test_training_in_a_new_workdir_starts_from_an_import(tmp_path, kl_run):
+    run = dataclasses.replace(
+        tiny.AUTOENCODER,
+        num_steps=1,
+        init_from=str(kl_run),
+        optim=dataclasses.replace(tiny.AUTOENCODER.optim, lr=0.0),
+    )
+    train_autoencoder.run(run, tmp_path / "w")
+    first_stage = load_first_stage(tmp_path / "w", make_mesh(MeshConfig()))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(host_array(a), b), first_stage.params, drawn(KL)
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
