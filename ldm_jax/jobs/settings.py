@@ -98,7 +98,9 @@ class DenoiserRun:
     autoencoder: str = ""  # workdir of the first stage
     latents: str = ""  # latent cache; empty = AUTOENCODER/latents
     flip: bool = False  # train on mirrored images half of the time
-    whitening: str = "global"  # "global" 1/std | "channel" mean and std of each | "none"
+    whitening: str = "global"  # "global" 1/std | "channel" mean and std of each | "none" | "fixed"
+    scale_factor: tuple[float, ...] = ()  # "fixed": (z - shift_factor) * scale_factor,
+    shift_factor: tuple[float, ...] = ()  # one number or one a channel
     model: DenoiserConfig = DenoiserConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: DenoiserLoss = DenoiserLoss()
@@ -123,14 +125,19 @@ def loop_config(run: Run) -> LoopConfig:
     return LoopConfig(**{name: getattr(run, name) for name in names})
 
 
-def build(cls: type, values: dict[str, Any], where: str = "config") -> Any:
-    """A dataclass from nested plain values; InputError for unknown fields and wrong types."""
+def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
     hints = typing.get_type_hints(cls)
     for name in values:
         if name not in hints:
             close = difflib.get_close_matches(name, hints, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(hints)}"
             raise InputError(f"{where}.{name} is not a field; {hint}")
+
+
+def build(cls: type, values: dict[str, Any], where: str = "config") -> Any:
+    """A dataclass from nested plain values; InputError for unknown fields and wrong types."""
+    _check_names(cls, values, where)
+    hints = typing.get_type_hints(cls)
     built = {}
     for name, value in values.items():
         kind = hints[name]
@@ -158,9 +165,29 @@ def _typed(kind: Any, value: Any, field: str) -> Any:
 
 
 def config_dict(cls: type, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The defaults of `cls` with a config file's values on top: every field that there is."""
-    filled = dataclasses.asdict(build(cls, overrides))
+    """The defaults of `cls` with a config file's values on top: every field that there is.
+
+    Values are not checked yet: the command line may still mend them.
+    """
+    filled = _fill(cls, _defaults(cls), overrides, "config")
     return ml_collections.ConfigDict(filled, convert_dict=True)
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    plain = lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v  # noqa: E731
+    return {f.name: plain(f.default) for f in dataclasses.fields(cls)}
+
+
+def _fill(cls: type, defaults: dict[str, Any], values: dict[str, Any], where: str) -> dict:
+    _check_names(cls, values, where)
+    hints, filled = typing.get_type_hints(cls), dict(defaults)
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise InputError(f"{where}.{name} is {value!r}; it must be a group of fields")
+            value = _fill(hints[name], defaults[name], value, f"{where}.{name}")
+        filled[name] = value
+    return filled
 
 
 def load_config_file(spec: str) -> dict[str, Any]:

@@ -41,7 +41,12 @@ def run(
             "them with `ldm cache-latents --mirrored` or set --config.flip=False"
         )
     whitening = latents.whitening(
-        config.whitening, manifest.mean, manifest.std, manifest.global_std
+        config.whitening,
+        manifest.mean,
+        manifest.std,
+        manifest.global_std,
+        config.scale_factor,
+        config.shift_factor,
     )
     data = {
         "manifest_hash": manifest.hash(),

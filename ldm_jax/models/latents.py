@@ -63,12 +63,19 @@ def _last_axis(values, z):
 
 
 def whitening(
-    kind: str, mean: tuple[float, ...], std: tuple[float, ...], global_std: float
+    kind: str,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    global_std: float,
+    scale_factor: tuple[float, ...] = (),
+    shift_factor: tuple[float, ...] = (),
 ) -> Whitening:
     """The whitening that a config names, from the statistics of a latent cache.
 
     `global`: divide by one number, as LDM does (scale_factor 1/std); `channel`: subtract the mean
-    and divide by the deviation of each channel; `none`: latents as they are (LDM's VQ models).
+    and divide by the deviation of each channel; `none`: latents as they are (LDM's VQ models);
+    `fixed`: (z - shift_factor) * scale_factor, one number of each or one a channel, as published
+    with a model (0.18215 for Stable Diffusion's). Raises InputError for what gives no scale.
     """
     count = len(mean)
     if len(std) != count or not all(0 < s < float("inf") for s in (*std, global_std)):
@@ -76,11 +83,32 @@ def whitening(
             f"latent statistics std {std} and {global_std} must be {count} positive finite numbers "
             "and one more; write the latent cache anew"
         )
+    if kind != "fixed" and (scale_factor or shift_factor):
+        raise InputError(
+            f"scale_factor {scale_factor} and shift_factor {shift_factor} belong to the whitening "
+            f"'fixed', not {kind!r}; leave them out or set --config.whitening=fixed"
+        )
+    if kind == "fixed":
+        return _fixed(count, scale_factor, shift_factor)
     kinds = {
         "global": Whitening((0.0,) * count, (global_std,) * count),
         "channel": Whitening(tuple(mean), tuple(std)),
         "none": Whitening((0.0,) * count, (1.0,) * count),
     }
     if kind not in kinds:
-        raise InputError(f"whitening {kind!r} is unknown; choose one of {sorted(kinds)}")
+        known = sorted([*kinds, "fixed"])
+        raise InputError(f"whitening {kind!r} is unknown; choose one of {known}")
     return kinds[kind]
+
+
+def _fixed(count: int, scale_factor: tuple[float, ...], shift_factor: tuple[float, ...]):
+    bad = len(scale_factor) not in (1, count) or len(shift_factor) not in (0, 1, count)
+    if bad or not all(0 < s < float("inf") for s in scale_factor):
+        raise InputError(
+            f"whitening 'fixed' needs a scale_factor of one or {count} positive numbers and a "
+            f"shift_factor of none, one or {count}, not {scale_factor} and {shift_factor}; "
+            "Stable Diffusion's is --config.scale_factor=(0.18215,)"
+        )
+    spread = lambda values: tuple(values) * (count if len(values) == 1 else 1)  # noqa: E731
+    scale = tuple(1 / s for s in spread(scale_factor))
+    return Whitening(spread(shift_factor or (0.0,)), scale)

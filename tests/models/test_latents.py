@@ -150,3 +150,16 @@ def test_whitening_is_per_channel_of_the_last_axis():
 def test_unknown_whitening_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match=r"whitening 'pca' is unknown; choose one of .*'channel'"):
         whitening("pca", *STATISTICS)
+
+
+def test_fixed_factors_are_those_of_published_models():
+    z = np.random.default_rng(2).normal(size=(2, 3, 3, 3)).astype(np.float32)
+    fixed = lambda *factors: whitening("fixed", *STATISTICS, *factors)  # noqa: E731
+    np.testing.assert_allclose(fixed((0.18215,)).whiten(z), 0.18215 * z, rtol=1e-6)
+    w = fixed((0.5, 2.0, 3.0), (1.0, 0.0, -1.0))
+    np.testing.assert_allclose(w.whiten(z), (z - [1, 0, -1]) * [0.5, 2, 3], rtol=1e-5, atol=1e-6)
+    for factors in ((), ((0.0,),), ((1.0, 2.0),), ((1.0,), (0.0, 0.0))):
+        with pytest.raises(InputError, match="scale_factor of one or 3"):
+            fixed(*factors)
+    with pytest.raises(InputError, match="belong to the whitening"):
+        whitening("global", *STATISTICS, (0.18215,))
