@@ -88,6 +88,7 @@ def draw_parameters(declared: Any, key: jax.Array) -> Any:
         stops = np.cumsum([leaves[i].value.size for i in members])
         chunk_key = jax.random.fold_in(key, number)
         draws = jax.random.uniform(chunk_key, (int(stops[-1]),), jnp.float32, -1.0, 1.0)
+        draws = constrain(draws, None)
         for i, draw in zip(members, jnp.split(draws, stops[:-1]), strict=True):
             if leaves[i].normal:  # by inversion, so that one draw serves both laws
                 draw = math.sqrt(2) * jax.lax.erf_inv(draw)

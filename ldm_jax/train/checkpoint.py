@@ -32,6 +32,11 @@ class Checkpoints:
 
         read_only leaves the folder alone: the run that it belongs to may be writing in it.
         """
+        if jax.process_count() == 1:
+            # Replicas share the writing of what they hold alike; with one writer the slicing for
+            # that costs several times the writing itself.
+            alone = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+            ocp.type_handlers.register_type_handler(jax.Array, alone, override=True)
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))

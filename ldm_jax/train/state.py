@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from ldm_jax.sharding import param_shardings, replicated, state_shardings
+from ldm_jax.sharding import param_shardings, replicated, state_shardings, use_mesh
 
 
 @jax.tree_util.register_dataclass
@@ -46,7 +46,8 @@ def init_state(
     """
 
     def init() -> TrainState:
-        params = init_params()
+        with use_mesh(mesh):
+            params = init_params()
         # A copy: the state is donated, and one buffer may not be donated twice.
         ema = jax.tree.map(jnp.copy, params) if with_ema else {}
         extra = init_extra(params) if init_extra else {}
