@@ -145,6 +145,13 @@ def _evaluate(arguments, overrides):
     evaluate.run(arguments.workdir, _sample_settings(arguments))
 
 
+def _reconstruct(arguments, overrides):
+    from ldm_jax.jobs import reconstruct
+
+    settings = reconstruct.Settings(size=arguments.size, batch_size=arguments.batch_size)
+    reconstruct.run(arguments.workdir, arguments.images, arguments.out, settings)
+
+
 def _demo(arguments, overrides):
     from ldm_jax.jobs import demo
 
@@ -158,6 +165,7 @@ VERBS = {
     "train-denoiser": ("train a denoiser on cached latents", _train_denoiser),
     "sample": ("draw images from a trained denoiser", _sample),
     "evaluate": ("measure a trained first stage or denoiser", _evaluate),
+    "reconstruct": ("pass a folder of images through a first stage", _reconstruct),
 }
 
 
@@ -195,6 +203,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     for name in ("sample", "evaluate"):
         _add_sampling(verbs[name], num=16 if name == "sample" else 1000)
     verbs["sample"].add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
+    _add_reconstructing(verbs["reconstruct"])
     return parser, verbs
 
 
@@ -213,6 +222,15 @@ def _add_common(verb: argparse.ArgumentParser, workdir_default: str | None) -> N
     group.add_argument(
         "--distributed", action="store_true", help="join as the cluster says (TPU pods, SLURM, GKE)"
     )
+
+
+def _add_reconstructing(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    verb.add_argument(
+        "--size", type=int, default=0, help="pixels a side (default: the model's resolution)"
+    )
+    verb.add_argument("--batch-size", type=int, default=0, help="images at a time over all devices")
 
 
 def _add_sampling(verb: argparse.ArgumentParser, num: int) -> None:
