@@ -166,6 +166,13 @@ def _export(arguments, overrides):
     export_weights.run(arguments.workdir, arguments.out)
 
 
+def _reconstruct(arguments, overrides):
+    from ldm_jax.jobs import reconstruct
+
+    settings = reconstruct.Settings(size=arguments.size, batch_size=arguments.batch_size)
+    reconstruct.run(arguments.workdir, arguments.images, arguments.out, settings)
+
+
 def _demo(arguments, overrides):
     from ldm_jax.jobs import demo
 
@@ -191,6 +198,7 @@ VERBS = {
     "weights": ("fetch or convert the published weights of a frozen network", _weights),
     "import": ("make a run directory of a first stage by diffusers or CompVis", _import),
     "export": ("write a first stage for diffusers", _export),
+    "reconstruct": ("pass a folder of images through a first stage", _reconstruct),
 }
 
 
@@ -246,6 +254,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="images and, for a file, architecture; fields are changed with --config.a.b=VALUE",
     )
     verbs["export"].add_argument("--out", type=Path, required=True, help="new folder to write")
+    _add_reconstructing(verbs["reconstruct"])
     return parser, verbs
 
 
@@ -279,6 +288,15 @@ def _add_weights(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--unverified", action="store_true", help="take other weights of the same shapes too"
     )
+
+
+def _add_reconstructing(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    verb.add_argument(
+        "--size", type=int, default=0, help="pixels a side (default: the model's resolution)"
+    )
+    verb.add_argument("--batch-size", type=int, default=0, help="images at a time over all devices")
 
 
 def _add_sampling(verb: argparse.ArgumentParser, num: int) -> None:

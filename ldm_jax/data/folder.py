@@ -7,6 +7,7 @@ import posixpath
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from ldm_jax.data import pixels
 from ldm_jax.data.sources import Example, Source, digest
@@ -76,6 +77,20 @@ def folder(root: str, split: str, held_out_fraction: float) -> Source:
         listing=digest(["folder", names, [[e.path, e.class_name, e.caption] for e in entries]]),
         load=load,
     )
+
+
+def image_files(root: str) -> list[str]:
+    """Paths relative to `root` of all images under it, sorted, classes or not.
+
+    Raises InputError for a missing folder and for one without images.
+    """
+    return sorted(name for name in _listing(root) if name.rpartition("/")[2] != METADATA)
+
+
+def read_image(root: str, name: str) -> Image.Image:
+    """The image called `name` in `image_files(root)`, as RGB; InputError where it is broken."""
+    path = f"{root.rstrip('/')}/{name}"
+    return pixels.decode(_read(path), path)
 
 
 def _listing(root: str) -> dict[str, int]:

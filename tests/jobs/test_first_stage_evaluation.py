@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,6 +87,20 @@ def test_reconstructions_do_not_depend_on_the_batch_or_the_mesh(trained, mesh, h
     params = jax.device_get(trained.params)
     alone = compile_reconstruction(trained.config, one, 20)(params, held_out)
     np.testing.assert_allclose(alone, want, atol=1)
+
+
+def test_what_is_decoded_is_the_mode_and_what_comes_out_is_rounded(mesh, held_out, monkeypatch):
+    def encode(config, params, x):  # mean: red and green; log-variance: 7
+        return jnp.concatenate([x[..., :2], jnp.full_like(x[..., :2], 7)], -1)
+
+    def decode(config, params, z):  # blue far out of range, the rest a third of a value off
+        return jnp.concatenate([z + 1 / 3 / 127.5, jnp.full_like(z[..., :1], 3)], -1)
+
+    monkeypatch.setattr(autoencoder, "encode", encode)
+    monkeypatch.setattr(autoencoder, "decode", decode)
+    rebuilt = compile_reconstruction(CONFIG.model, mesh, 8)({}, held_out)
+    np.testing.assert_array_equal(rebuilt[..., :2], held_out[..., :2])
+    assert (rebuilt[..., 2] == 255).all()
 
 
 @pytest.mark.parametrize("latent", ["vq", "identity"])

@@ -100,13 +100,25 @@ def test_a_kill_while_a_checkpoint_is_made_loses_no_line(mesh, tmp_path, unbroke
     assert metrics(tmp_path) == metrics(unbroken)
 
 
-def test_a_fault_in_an_evaluation_saves_its_step_first(mesh, tmp_path):
+def test_a_fault_in_an_evaluation_saves_its_step_first(mesh, tmp_path, unbroken):
     def broken(state, done):
         raise Broken("evaluation")
 
     with pytest.raises(Broken):
         run(tmp_path, mesh, config=EVALUATED, evaluate=broken)
     assert (tmp_path / "checkpoints" / "2").is_dir()
+    run(tmp_path, mesh)
+    assert metrics(tmp_path) == [line for line in metrics(unbroken) if "loss" in line]
+
+
+def test_a_diverged_step_is_not_evaluated(mesh, tmp_path):
+    def diverging(state, batch):
+        state, out = step(state, batch)
+        return state, out | ({"loss": np.float32("nan")} if int(state.step) == 2 else {})
+
+    with pytest.raises(InputError, match="loss of step 2 is nan"):
+        run(tmp_path, mesh, config=EVALUATED, step=diverging, evaluate=evaluate)
+    assert metrics(tmp_path) == []
 
 
 def test_pictures_go_to_tensorboard_under_their_step(unbroken):

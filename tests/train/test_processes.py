@@ -1,5 +1,6 @@
 """Two processes joined by jax.distributed compute what one does."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from ldm_jax.data import latent_cache
+from ldm_jax.jobs import evaluate
 from ldm_jax.sharding import MeshConfig, make_mesh
 from tests.train import test_mesh
 
@@ -17,7 +20,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 
 def test_two_processes_equal_one(first_stage, tmp_path):
-    """2 processes of 4 devices, joined by jax.distributed: batches, draws, losses, checkpoint."""
+    """2 processes of 4 devices: batches, draws, losses, figures and checkpoint are those of one."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -48,6 +51,11 @@ def test_two_processes_equal_one(first_stage, tmp_path):
         assert len(got.files) == len(leaves)
         for name, leaf in zip(got.files, leaves, strict=True):
             np.testing.assert_array_equal(got[name], leaf)
+
+    both = [json.loads((tmp_path / f"figures{i}.json").read_text()) for i in range(2)]
+    alone = evaluate.reconstruction_figures(tmp_path / "autoencoder", limit=21)
+    assert alone.pop("step") == 10
+    assert both[0] == both[1] == pytest.approx(alone, abs=1e-3)
 
     for stage in ("autoencoder", "denoiser"):
         alone = tmp_path / f"{stage}-alone"
