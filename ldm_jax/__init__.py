@@ -10,6 +10,7 @@ Floors; a module imports only from lower ones (`tests/test_floors.py` checks it)
        eval/        reconstruction, Fréchet distance, classifiers
        interop/     other libraries' weights <-> ours
     3  jobs/        one verb of the command line per file
+       flags.py     the flags of each verb
     4  cli.py       the `ldm` command
 
 Shape alphabet of comments and docstrings: B batch, H W grid, C channels, T tokens, D width,

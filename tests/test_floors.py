@@ -18,6 +18,7 @@ FLOORS = {
     "eval": 2,
     "interop": 2,
     "jobs": 3,
+    "flags": 3,
     "cli": 4,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
