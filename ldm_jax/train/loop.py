@@ -124,7 +124,8 @@ def train(
         state, meta = checkpoints.restore(start, like)
         meter = Meter(meta["pending_metrics"])
     writer = make_writer(workdir, resume_step=start, is_main=is_main)
-    save = lambda: checkpoints.save(state, {"pending_metrics": meter.pending})  # noqa: E731
+    # A copy: it is written in the background while the next steps add their metrics.
+    save = lambda: checkpoints.save(state, {"pending_metrics": list(meter.pending)})  # noqa: E731
     bar = _progress(name, start, config.num_steps, is_main)
     stream, late = batches(start), None
     clock, clock_step = time.perf_counter(), start
