@@ -1,7 +1,6 @@
 """One of the two processes of `test_processes.py`: trains both stages, writes what it drew."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,6 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
     import numpy as np
 
     from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
-    from ldm_jax.jobs.first_stage_evaluation import make_evaluation
     from ldm_jax.sharding import MeshConfig, make_mesh
     from tests import tiny
     from tests.train.test_mesh import batches_and_draws
@@ -27,14 +25,14 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
         np.savez(out / "draws.npz", *drawn)
     mesh = MeshConfig(2, 4, 1)
     autoencoder = dataclasses.replace(
-        tiny.AUTOENCODER, mesh=mesh, num_steps=10, checkpoint_every=10
+        tiny.AUTOENCODER,
+        mesh=mesh,
+        num_steps=10,
+        checkpoint_every=10,
+        eval_every=10,
+        eval_images=21,
     )
-    state = train_autoencoder.run(autoencoder, out / "autoencoder")
-    evaluated = dataclasses.replace(autoencoder, eval_every=1, eval_images=21)
-    evaluation = make_evaluation(evaluated, make_mesh(mesh))
-    assert evaluation is not None
-    figures, _ = evaluation(state, 10)
-    (out / f"figures{index}.json").write_text(json.dumps(figures))
+    train_autoencoder.run(autoencoder, out / "autoencoder")
     denoiser = dataclasses.replace(
         tiny.DENOISER, mesh=mesh, num_steps=10, checkpoint_every=10, autoencoder=str(first_stage)
     )
