@@ -51,10 +51,10 @@ case "$command" in
       shift
       install dev
       install parity
-      exec "$bin/python" -m pytest -m parity tests/parity -n 2 --dist loadfile "$@"
+      exec "$bin/python" -m pytest -m parity tests/parity -n 2 --dist loadfile --no-loadscope-reorder "$@"
     fi
     install dev
-    exec "$bin/python" -m pytest -m "not parity" -n 2 --dist loadfile "$@"
+    exec "$bin/python" -m pytest -m "not parity" -n 2 --dist loadfile --no-loadscope-reorder "$@"
     ;;
   processes)
     count="${1:?how many processes?}"

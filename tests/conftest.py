@@ -28,3 +28,17 @@ from tests import tiny  # noqa: E402
 def first_stage(tmp_path_factory):
     """Workdir of a tiny trained autoencoder, its latents cached."""
     return tiny.trained_autoencoder(tmp_path_factory.mktemp("tiny"))
+
+
+# The longest files; the rest is short.
+LONG = ("train/test_mesh", "train/test_processes", "train/", "jobs/")
+
+
+def pytest_collection_modifyitems(items):
+    """The long files first, so that no worker is left with one of them at the end."""
+    tests = Path(__file__).parent
+    place = lambda item: str(item.path.relative_to(tests))  # noqa: E731
+    rank = lambda item: next(  # noqa: E731
+        (i for i, start in enumerate(LONG) if place(item).startswith(start)), len(LONG)
+    )
+    items.sort(key=rank)
