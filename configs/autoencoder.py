@@ -14,9 +14,11 @@ What every one of them needs, and how to do without it:
 
 The learning rate is what is used; nothing multiplies it. That of the table is 4.5e-6 for every
 image of one GPU's batch, as the released scripts compute it on one GPU; on how many the models were
-trained is not published, so set --config.optim.lr together with --config.batch_size. `start` is the
-step at which the adversary joins; the released values have no stated reason, and where the
-reconstruction loss still falls, a later one is safer: --config.adversarial.start=50001.
+trained is not published, so set --config.optim.lr together with --config.batch_size. The released
+ImageNet trainings of kl-f4, kl-f8, kl-f16 and kl-f32 have 24 images a step (12, accumulated twice)
+and so 1.08e-4. `start` is the step at which the adversary joins; the released values have no stated
+reason, and where the reconstruction loss still falls, a later one is safer:
+--config.adversarial.start=50001.
 
   sd-ft-ema, sd-ft-mse   decoder-only fine-tuning of kl-f8, as Stable Diffusion's later decoders:
                          --config.init_from=WORKDIR (`ldm import` makes one). Learning rate: ours.
