@@ -14,7 +14,7 @@ import numpy as np
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import evaluate, train_autoencoder
 from ldm_jax.jobs.settings import AutoencoderRun, build, load_config_file
-from ldm_jax.train.run_dir import open_experiment, write_json
+from ldm_jax.train.run_dir import open_experiment, read_run, write_json
 
 Results = dict[str, list[dict[str, float]]]  # arm -> figures of each seed
 
@@ -40,7 +40,7 @@ def run(spec: str, workdir: Path) -> Results:
             folder = Path(workdir) / f"{arm}-seed{of_arm[i].seed}"
             results[arm].append(_figures(of_arm[i], folder))
             if jax.process_index() == 0:
-                _write(workdir, plan, results)
+                _write(workdir, plan, results, read_run(folder))
     if jax.process_index() == 0:
         print((Path(workdir) / "results.md").read_text(encoding="utf-8"))
     return results
@@ -58,8 +58,11 @@ def _figures(run: AutoencoderRun, folder: Path) -> dict[str, float]:
     return figures
 
 
-def _write(workdir: Path, plan: dict[str, Any], results: Results) -> None:
-    write_json(Path(workdir) / "results.json", {"plan": plan, "results": results})
+def _write(workdir: Path, plan: dict[str, Any], results: Results, run: dict[str, Any]) -> None:
+    """The figures, beside the plan and what they were made with."""
+    made_with = {name: run[name] for name in ("command", "git", "python", "packages", "devices")}
+    record = {"plan": plan, "made_with": made_with, "results": results}
+    write_json(Path(workdir) / "results.json", record)
     (Path(workdir) / "results.md").write_text(table(results), encoding="utf-8")
 
 
