@@ -5,8 +5,9 @@
 `digits` is ours, small: 1.5 minutes on two CPU cores, held-out PSNR >= 34 dB (`ldm demo`). The rest
 are LDM's (Rombach et al., CVPR 2022): every row of its Table 8 and every released configuration.
 PSNR and R-FID are *published*, of models trained on OpenImages and measured on ImageNet's
-validation images at 256 pixels; none is measured by us yet. Where nothing was released (an
-asterisk), widths, attention and the adversary's settings are those of the nearest released model.
+validation images at 256 pixels; none is measured by us yet. The number of steps is ours (published:
+176,991 to 1,608,649). Where nothing was released (an asterisk), widths, attention and the
+adversary's settings are those of the nearest released model.
 
 What every one of them needs, and how to do without it:
   pictures        --config.images.path=DIR (or another source)

@@ -40,7 +40,11 @@ def make_parser(
     cache.add_argument("--pack", type=int, default=32, help="examples per record")
     cache.add_argument("--splits", default="train,held_out", help="which splits to encode")
     for name in ("sample", "evaluate"):
-        _add_sampling(verbs[name], num=16 if name == "sample" else 1000)
+        _add_sampling(verbs[name])
+    verbs["sample"].add_argument("--num", type=int, default=16, help="images to draw")
+    verbs["evaluate"].add_argument(
+        "--num", type=int, default=0, help="samples (1000) or held-out images (10000) to measure"
+    )
     verbs["sample"].add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
     _add_weights(verbs["weights"])
     verbs["import"].add_argument(
@@ -103,8 +107,7 @@ def _add_reconstructing(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--batch-size", type=int, default=0, help="images at a time over all devices")
 
 
-def _add_sampling(verb: argparse.ArgumentParser, num: int) -> None:
-    verb.add_argument("--num", type=int, default=num, help="images to draw")
+def _add_sampling(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--steps", type=int, default=50, help="denoising steps")
     verb.add_argument("--sampler", default="ddim", help="ddim or ddpm")
     verb.add_argument(

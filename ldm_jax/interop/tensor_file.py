@@ -24,13 +24,16 @@ def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 
 def to_f32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
-    """bf16, f16, f32 or f64 -> f32; InputError for integers and the like."""
+    """bf16, f16, f32 or f64 -> f32; InputError for integers and the like, and for nan or inf."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(
             f"{path}: {name} holds {array.dtype}, and weights are floating-point numbers; convert "
             "the file to f32, f16 or bf16"
         )
-    return array.astype(np.float32)
+    array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise InputError(f"{path}: {name} holds values that are not finite; fetch the file again")
+    return array
 
 
 def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:

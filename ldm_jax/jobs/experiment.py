@@ -4,7 +4,6 @@ Each run trains in its own folder of the workdir, WORKDIR/ARM-seedN, and is eval
 held-out images. Started again, finished runs are kept and the others go on.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import evaluate, train_autoencoder
 from ldm_jax.jobs.settings import AutoencoderRun, build, load_config_file
-from ldm_jax.train.run_dir import open_experiment, read_run, write_json
+from ldm_jax.train.run_dir import open_experiment, read_json, read_run, write_json
 
 Results = dict[str, list[dict[str, float]]]  # arm -> figures of each seed
 
@@ -23,7 +22,7 @@ def run(spec: str, workdir: Path) -> Results:
     """Trains and measures every arm for every seed; writes results.json and results.md.
 
     The file's get_config gives {"arms": {name: fields of a run}, "seeds": (...)}. Raises InputError
-    for an arm that is no valid run, before any training.
+    for fields of an arm that make no valid run, before any training.
     """
     plan = load_config_file(spec)
     if not {"arms", "seeds"} <= plan.keys() or not plan["arms"] or not plan["seeds"]:
@@ -50,9 +49,9 @@ def _figures(run: AutoencoderRun, folder: Path) -> dict[str, float]:
     """Figures of one run, which is trained first unless that is done."""
     done = folder / "figures.json"
     if done.exists():
-        return json.loads(done.read_text(encoding="utf-8"))
+        return read_json(done)
     train_autoencoder.run(run, folder)
-    figures = evaluate.reconstruction_figures(folder)
+    figures = evaluate.reconstruction_figures(folder, lpips=evaluate.find_lpips(run.loss))
     if jax.process_index() == 0:
         write_json(done, figures)
     return figures
@@ -66,8 +65,16 @@ def _write(workdir: Path, plan: dict[str, Any], results: Results, run: dict[str,
     (Path(workdir) / "results.md").write_text(table(results), encoding="utf-8")
 
 
-def table(results: Results, columns: tuple[str, ...] = ("psnr_db", "ssim", "sharpness")) -> str:
-    """A Markdown table: of each arm the mean over seeds and, with several, their deviation."""
+COLUMNS = ("psnr_db", "ssim", "sharpness", "lpips")
+
+
+def table(results: Results) -> str:
+    """A Markdown table: of each arm the mean over seeds and, with several, their deviation.
+
+    Its columns are those of COLUMNS that every run was measured by.
+    """
+    rows = [figures for of_arm in results.values() for figures in of_arm]
+    columns = [name for name in COLUMNS if all(name in figures for figures in rows)]
     lines = [
         f"| arm | seeds | {' | '.join(columns)} |",
         f"|---|---|{'---|' * len(columns)}",

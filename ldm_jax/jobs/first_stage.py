@@ -29,8 +29,14 @@ class FirstStage:
         return self.run.model
 
 
-def load_first_stage(workdir: str | Path, mesh: Mesh) -> FirstStage:
-    """The newest weights of an autoencoder run, on the mesh."""
+def load_first_stage(
+    workdir: str | Path, mesh: Mesh, *, step: int = -1, weights: str = "auto"
+) -> FirstStage:
+    """The weights of an autoencoder run, on the mesh.
+
+    Those of the checkpoint `step`, -1 = the newest: "ema", "params", or "auto", the average when
+    there is one.
+    """
     record = read_run(Path(workdir))
     if record["job"] != "train-autoencoder":
         raise InputError(
@@ -43,9 +49,9 @@ def load_first_stage(workdir: str | Path, mesh: Mesh) -> FirstStage:
         return FirstStage(run, params, 0, tree_hash(params["encoder"]))
     axes = autoencoder.axes(run.model)
     like = abstract_params(lambda key: autoencoder.init(run.model, key), axes, mesh)
-    which = "ema" if run.ema.decay else "params"
-    weights = load_weights(Path(workdir), like, which=which)
-    return FirstStage(run, weights.params, weights.step, tree_hash(weights.params["encoder"]))
+    which = weights if weights != "auto" else "ema" if run.ema.decay else "params"
+    found = load_weights(Path(workdir), like, which=which, step=None if step == -1 else step)
+    return FirstStage(run, found.params, found.step, tree_hash(found.params["encoder"]))
 
 
 def tree_hash(params: Any) -> str:

@@ -21,6 +21,7 @@ from ldm_jax.train.state import TrainState
 Reconstruct = Callable[[Any, np.ndarray], np.ndarray]  # (parameters, uint8 [N,H,W,3]) -> the same
 
 SHOWN = 8  # examples in a grid
+LPIPS_BATCH = 16
 
 
 def compile_reconstruction(config: autoencoder.Config, mesh: Mesh, batch_size: int) -> Reconstruct:
@@ -63,11 +64,27 @@ def reconstruct(
 
 
 def compile_lpips(params: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """(originals, reconstructions), uint8 [B,H,W,3] each -> LPIPS f32 [B], on one device."""
+    """(originals, reconstructions), uint8 [B,H,W,3] each -> LPIPS f32 [B], on one device.
+
+    LPIPS_BATCH images at a time: at 256 pixels each takes tens of megabytes of features.
+    """
     distance = jax.jit(
         lambda p, x, y: perceptual_net.lpips(p, autoencoder.to_unit(x), autoencoder.to_unit(y))
     )
-    return lambda x, y: np.asarray(distance(params, x, y))
+
+    def lpips(x, y):
+        out = []
+        for start in range(0, len(x), LPIPS_BATCH):
+            rows = np.minimum(np.arange(start, start + LPIPS_BATCH), len(x) - 1)
+            out.append(np.asarray(distance(params, x[rows], y[rows])))
+        return np.concatenate(out)[: len(x)]
+
+    return lpips
+
+
+def spread(count: int, limit: int) -> np.ndarray:
+    """At most `limit` indices int64 of `count`, evenly spaced: folders are sorted by class."""
+    return np.linspace(0, count - 1, min(limit, count)).round().astype(np.int64)
 
 
 def make_evaluation(
@@ -78,14 +95,15 @@ def make_evaluation(
 ) -> Evaluate | None:
     """What `loop.train` calls every `eval_every` steps; None where that is 0.
 
-    Figures of the averaged weights, or the raw ones without an average, on the first `eval_images`
-    held-out images; pictures with originals over reconstructions: `fixed`, the same examples every
-    time, and `worst`, those of the lowest PSNR. Raises InputError when there are no such images.
+    Figures of the averaged weights, or the raw ones without an average, on `eval_images` held-out
+    images spread over the split; pictures with originals over reconstructions: `fixed`, the same
+    examples every time, and `worst`, those of the lowest PSNR. Raises InputError when there are no
+    such images.
     """
     if not config.eval_every:
         return None
     source = open_images(config.images, "held_out", augment=False)
-    indices = np.arange(min(config.eval_images, len(source)), dtype=np.int64)
+    indices = spread(len(source), config.eval_images)
     pictures = source.read(indices, indices)["image"]
     size = min(config.batch_size, len(pictures))
     batches = [pictures[i : i + size] for i in range(0, len(pictures), size)]

@@ -58,10 +58,23 @@ class AutoencoderRun:
         loop_config(self)
         if self.train not in ("all", "decoder"):
             raise InputError(f"train {self.train!r} is unknown; choose one of ('all', 'decoder')")
-        if self.loss.perceptual_weight and self.model.resolution < 16:
+        if self.model.image_channels != 3:
+            raise InputError(
+                f"model.image_channels {self.model.image_channels} must be 3: images are RGB"
+            )
+        # EQ-VAE decodes at a quarter of the size too.
+        smallest = 64 if self.loss.equivariance_weight else 16
+        if self.loss.perceptual_weight and self.model.resolution < smallest:
             raise InputError(
                 f"model.resolution {self.model.resolution}: the perceptual loss sees images of at "
-                "least 16 pixels a side; set --config.loss.perceptual_weight=0"
+                f"least 16 pixels a side, which takes {smallest} here; set "
+                "--config.loss.perceptual_weight=0"
+            )
+        if self.adversarial.gradient_penalty and self.adversarial.discriminator.norm == "batch":
+            raise InputError(
+                f"adversarial.gradient_penalty {self.adversarial.gradient_penalty}: batch norm "
+                "would couple the images whose slopes it penalises; set "
+                "--config.adversarial.discriminator.norm=act or none"
             )
         layers = self.adversarial.discriminator.num_layers
         if self.adversarial.weight and self.model.resolution < 3 * 2**layers:

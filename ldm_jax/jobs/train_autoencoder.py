@@ -22,8 +22,9 @@ from ldm_jax.models import autoencoder
 from ldm_jax.sharding import check_batch, make_mesh, replicated
 from ldm_jax.train import adversarial, optim
 from ldm_jax.train.autoencoder_step import make_autoencoder_step, start_extra
+from ldm_jax.train.checkpoint import has_checkpoint
 from ldm_jax.train.first_stage_loss import autoencoder_loss
-from ldm_jax.train.run_dir import open_run
+from ldm_jax.train.run_dir import open_run, read_run
 from ldm_jax.train.state import TrainState
 
 
@@ -41,8 +42,7 @@ def run(
             "train 'decoder' needs the weights of a trained encoder; name its workdir with "
             "--config.init_from=DIR"
         )
-    if config.init_from:
-        config = dataclasses.replace(config, init_from=str(Path(config.init_from).absolute()))
+    config = absolute_paths(config)
     source = open_images(config.images, "train", augment=True, seed=config.seed)
     data: dict[str, Any] = {"listing": source.listing(), "num_examples": len(source)}
     if config.model.latent == "identity":
@@ -54,8 +54,17 @@ def run(
         perceptual = pretrained.load("lpips", config.loss.perceptual_file)
         data["perceptual_hash"] = tree_hash(perceptual)
     if config.init_from:
-        start_from = initial_weights(config, mesh)
-        data["init_from_hash"] = tree_hash(start_from)
+        if has_checkpoint(workdir):  # it holds all that is needed, wherever the weights came from
+            data["init_from_hash"] = read_run(workdir)["data"].get("init_from_hash")
+        else:
+            start_from = initial_weights(config, mesh)
+            data["init_from_hash"] = tree_hash(start_from)
+    if config.adversarial.weight and config.adversarial.start >= config.num_steps:
+        print(
+            f"note: the adversary starts at step {config.adversarial.start}, and the run ends at "
+            f"{config.num_steps}: it will not play",
+            file=sys.stderr,
+        )
     recipe = config.recipe
     optimizer, discriminator_optimizer = optimizers(config)
     learning_rate = optim.learning_rate(config.optim, config.num_steps)
@@ -104,6 +113,13 @@ def run(
     )
 
 
+def absolute_paths(config: AutoencoderRun) -> AutoencoderRun:
+    """The same with places that hold from any folder."""
+    absolute = lambda path: str(Path(path).absolute()) if path else path  # noqa: E731
+    loss = dataclasses.replace(config.loss, perceptual_file=absolute(config.loss.perceptual_file))
+    return dataclasses.replace(config, init_from=absolute(config.init_from), loss=loss)
+
+
 def optimizers(config: AutoencoderRun):
     """The autoencoder's optimizer and the discriminator's, whose steps count from its start."""
     factor = config.adversarial.lr_factor
@@ -118,12 +134,24 @@ def optimizers(config: AutoencoderRun):
 def initial_weights(config: AutoencoderRun, mesh: Mesh) -> Any:
     """The parameters of `init_from`; InputError unless its architecture is the one to train."""
     first_stage = load_first_stage(config.init_from, mesh)
-    shapes = lambda model: jax.tree.map(  # noqa: E731
-        lambda x: x.shape, jax.eval_shape(lambda: autoencoder.init(model, jax.random.key(0)))
-    )
-    if shapes(first_stage.config) != shapes(config.model):
+    have, want = architecture(first_stage.config), architecture(config.model)
+    different = [name for name in want if have[name] != want[name]]
+    if different:
+        name = different[0]
         raise InputError(
-            f"init_from {config.init_from} holds another architecture than config.model "
-            f"describes ({first_stage.config}); give the same fields"
+            f"init_from {config.init_from} holds another architecture: {name} is {have[name]!r} "
+            f"there and {want[name]!r} in config.model; give the same fields"
         )
     return first_stage.params
+
+
+def architecture(model: autoencoder.Config) -> dict[str, Any]:
+    """What of a model its weights belong to: not its resolution, its dtype or its training."""
+    fields = dataclasses.asdict(model)
+    for name in ("resolution", "compute_dtype", "attention_resolutions", "quantizer"):
+        fields.pop(name)
+    sides = [model.resolution // 2**i for i in range(len(model.width_multipliers))]
+    fields["levels that attend"] = [side in model.attention_resolutions for side in sides]
+    if model.latent == "vq":
+        fields["codebook_size"] = model.quantizer.codebook_size
+    return fields

@@ -31,13 +31,14 @@ def run(
     for file in files:
         if not file.is_file():
             raise InputError(f"--from: {file} is no file; give the paths of what you downloaded")
+    kept = {p.file for p in published if (out.parent / p.file).is_file()}
     sources = list(files) or [fetch(name, p, out.parent) for p in published]
     if not unverified:
         pretrained.check_published(name, sources)
     origin = ", ".join(f"{path.name} sha256:{pretrained.sha256(path)}" for path in sources)
     pretrained.save(out, pretrained.convert(name, sources), origin)
-    if not files:
-        for path in sources:
+    for path in sources:
+        if not files and path.name not in kept:  # what the user has fetched stays
             path.unlink()
     return out
 

@@ -6,13 +6,14 @@ be put back among the latents. Indices are int32 [B,h,w].
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ldm_jax.errors import InputError
 
+AXES = (None, None)  # of the codebook [n,C], which every device holds whole
+AXES = (None, None)  # of the codebook [n,C], which every device holds whole
 CHUNK = 1024  # codes whose distances are held at once: [B,h,w,CHUNK] f32
 
 
@@ -149,8 +150,3 @@ def upkeep(
 
 def _counts(indices: jax.Array, size: int) -> jax.Array:
     return jnp.zeros(size, jnp.int32).at[indices.reshape(-1)].add(1).astype(jnp.float32)
-
-
-def axes() -> Any:
-    """Logical axes of the codebook [n,C] and of what `start_counts` makes."""
-    return {"codebook": (None, None), "counts": {"count": (None,), "sum": (None, None)}}

@@ -28,10 +28,12 @@ class Config:
     max_adaptive_weight: float = 1e4
     lr_factor: float = 1.0  # discriminator's learning rate over the autoencoder's
     lecam_weight: float = 0.0  # pulls logits to the other side's average (Tseng et al., CVPR 2021)
-    gradient_penalty: float = 0.0  # R1 gamma (Mescheder et al., ICML 2018)
+    gradient_penalty: float = 0.0  # R1 gamma (Mescheder et al., ICML 2018), by the mean logit
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
 
     def __post_init__(self):
+        if self.start >= 2**31:
+            raise InputError(f"adversarial start {self.start} must be below 2**31")
         if self.loss not in LOSSES:
             raise InputError(
                 f"adversarial loss {self.loss!r} is unknown; choose one of {sorted(LOSSES)}"
@@ -96,6 +98,14 @@ def start(
     return carried
 
 
+def started(config: Config, params: Any, x_hat: jax.Array, step: jax.Array) -> Any:
+    """The discriminator's parameters; at `start`, act norms are set by the reconstructions."""
+    if config.discriminator.norm != "act":
+        return params
+    begin = lambda p: discriminator.start_act_norm(config.discriminator, p, x_hat)  # noqa: E731
+    return jax.lax.cond(step == config.start, begin, lambda p: p, params)
+
+
 def discriminator_turn(
     config: Config,
     optimizer: optax.GradientTransformation,
@@ -112,12 +122,9 @@ def discriminator_turn(
     """
 
     def turn(carried):
-        params = carried["params"]
-        if config.discriminator.norm == "act":
-            begin = lambda p: discriminator.start_act_norm(config.discriminator, p, x_hat)  # noqa: E731
-            params = jax.lax.cond(step == config.start, begin, lambda p: p, params)
+        params = started(config, carried["params"], x_hat, step)
         gradient = jax.value_and_grad(_discriminator_loss, argnums=1, has_aux=True)
-        (loss, (real, fake, statistics)), grads = gradient(config, params, carried, x, x_hat)
+        (loss, (real, fake, statistics)), grads = gradient(config, params, carried, x, x_hat, step)
         updates, opt_state = optimizer.update(grads, carried["optimizer"], params)
         new = {"params": optax.apply_updates(params, updates), "optimizer": opt_state}
         if config.discriminator.norm == "batch":
@@ -126,8 +133,9 @@ def discriminator_turn(
                 running = discriminator.update_statistics(running, batch)
             new["statistics"] = running
         if config.lecam_weight:
+            decay = jnp.where(step == config.start, 0.0, LECAM_DECAY)  # the first batch starts it
             new["lecam"] = {
-                name: LECAM_DECAY * carried["lecam"][name] + (1 - LECAM_DECAY) * logit
+                name: decay * carried["lecam"][name] + (1 - decay) * logit
                 for name, logit in (("real", real), ("fake", fake))
             }
         return new, {"discriminator": loss, "logit_real": real, "logit_fake": fake}
@@ -139,18 +147,25 @@ def discriminator_turn(
     return jax.lax.cond(step >= config.start, turn, wait, carried)
 
 
-def _discriminator_loss(config, params, carried, x, x_hat):
+def _discriminator_loss(config, params, carried, x, x_hat, step):
     real, of_real = discriminator.apply(config.discriminator, params, x)
     fake, of_fake = discriminator.apply(config.discriminator, params, x_hat)
     loss = LOSSES[config.loss](real, fake)
     if config.lecam_weight:
         anchors = carried["lecam"]
-        loss += config.lecam_weight * (
-            jnp.square(jax.nn.relu(real - anchors["fake"])).mean()
-            + jnp.square(jax.nn.relu(anchors["real"] - fake)).mean()
+        loss += (
+            config.lecam_weight
+            * (step > config.start)
+            * (
+                jnp.square(jax.nn.relu(real - anchors["fake"])).mean()
+                + jnp.square(jax.nn.relu(anchors["real"] - fake)).mean()
+            )
         )
     if config.gradient_penalty:
-        logits = lambda images: discriminator.apply(config.discriminator, params, images)[0].sum()  # noqa: E731
+        # Of each image's mean logit, so that the penalty's meaning does not grow with its size.
+        logits = lambda images: (  # noqa: E731
+            discriminator.apply(config.discriminator, params, images)[0].mean((1, 2, 3)).sum()
+        )
         slope = jnp.square(jax.grad(logits)(x)).sum((1, 2, 3)).mean()
         loss += 0.5 * config.gradient_penalty * slope
     return loss, (real.mean(), fake.mean(), (of_real, of_fake))

@@ -165,6 +165,17 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a training can go on from what `workdir` holds."""
+    if not (Path(workdir) / "checkpoints").is_dir():
+        return False
+    checkpoints = Checkpoints(workdir, read_only=True)
+    try:
+        return checkpoints.latest() is not None
+    finally:
+        checkpoints.close()
+
+
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """Which weights of a run a later job uses, and the step they are from."""

@@ -25,16 +25,17 @@ EQUIVARIANCE_SCALES = (0.25, 0.5, 0.75, 1.0)
 class AutoencoderLoss:
     """Reductions bite: published KL models *sum* pixels and KL over an image, VQ models take means.
 
-    With "sum" both the perceptual distance and kl_weight belong to sums: the distance counts once
-    for every pixel and channel. The published kl_weight of 1e-6 with means over pixels and latents
-    would regularise 16 to 48 times too strongly.
+    The weights keep their published meaning under both: kl_weight belongs to the KL and the pixels
+    summed over an image, codebook_weight to means over elements; the other reduction multiplies or
+    divides the whole by an image's elements. (1e-6 put before means of pixels and of latents, as
+    some trainers do, regularises 16 to 48 times too strongly.) LPIPS counts once for every element.
     """
 
     reduction: str = "sum"  # "sum" over an image, as LDM's KL models | "mean", as its VQ models
     pixel: str = "l1"  # "l1" | "l2"
     pixel_weight: float = 1.0
-    kl_weight: float = 1e-6  # of the KL *summed* over a latent
-    codebook_weight: float = 1.0  # of the quantizer's loss, a mean over elements
+    kl_weight: float = 1e-6  # of the KL summed over a latent, beside pixels summed over an image
+    codebook_weight: float = 1.0  # of the quantizer's loss, a mean, beside a mean over pixels
     perceptual_weight: float = 1.0  # of LPIPS; its weights come from a file
     perceptual_file: str = ""  # empty = where `ldm weights lpips` puts it
     equivariance_weight: float = 0.0  # EQ-VAE: decoded turned and shrunk latents against images
@@ -105,7 +106,7 @@ def autoencoder_loss(
     x = autoencoder.to_unit(batch["image"])
     moments = autoencoder.encode(model, params, x)
     z = autoencoder.draw(model, moments, draw_keys(recipe.seed, "posterior", step, x.shape[0]))
-    z_decoded, regulariser, metrics, codes = _regularise(recipe, params, moments, z)
+    z_decoded, regulariser, metrics, codes = _regularise(recipe, params, moments, z, x[0].size)
     features = autoencoder.decode_features(model, params, z_decoded)
     x_hat = autoencoder.to_image(model, params, features)
 
@@ -126,18 +127,20 @@ def autoencoder_loss(
     return total, {"metrics": metrics, "x": x, "x_hat": fixed, **codes}
 
 
-def _regularise(recipe, params, moments, z):
+def _regularise(recipe, params, moments, z, elements):
     """The latent to decode, the regulariser's loss, its metrics, and the codes of a VQ model."""
     model, loss = recipe.model, recipe.loss
     if model.latent == "kl":
         kl = latents.kl_to_standard_normal(moments).mean()
-        return z, loss.kl_weight * kl, {"kl": kl}, {}
+        scale = 1 if loss.reduction == "sum" else 1 / elements
+        return z, scale * loss.kl_weight * kl, {"kl": kl}, {}
     z_q, indices = quantizer.quantize(params["quantizer"]["codebook"], z)
     q_loss = quantizer.loss(model.quantizer, z, z_q)
     use = quantizer.usage(indices, model.quantizer.codebook_size)
     codes = {"z": jax.lax.stop_gradient(z), "indices": indices}
     z_decoded = quantizer.straight_through(z, z_q)
-    return z_decoded, loss.codebook_weight * q_loss, {"codebook": q_loss, **use}, codes
+    scale = 1 if loss.reduction == "mean" else elements
+    return z_decoded, scale * loss.codebook_weight * q_loss, {"codebook": q_loss, **use}, codes
 
 
 def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features, step):
@@ -145,8 +148,10 @@ def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features
     config = recipe.adversarial
 
     def turn():
+        # Whoever sees the discriminator first sets its act norms, and by the same images.
+        network = adversarial.started(config, adversary, x_hat, step)
         of_image = lambda image: adversarial.generator_loss(  # noqa: E731
-            config.discriminator, adversary, image
+            config.discriminator, network, image
         )
         value, gradient = jax.value_and_grad(of_image)(x_hat)
         weight = jnp.float32(config.weight)
@@ -171,7 +176,7 @@ def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features
 def _with_gradient(x, value, cotangent):
     """`value`, whose gradient by x is `cotangent`."""
     product = jnp.sum(x * jax.lax.stop_gradient(cotangent))
-    return jax.lax.stop_gradient(value) + product - jax.lax.stop_gradient(product)
+    return jax.lax.stop_gradient(value) + (product - jax.lax.stop_gradient(product))
 
 
 def _equivariance(recipe, params, perceptual, x, z, step):

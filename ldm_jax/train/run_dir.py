@@ -27,6 +27,7 @@ FREE_FIELDS = (
     "keep_every",
     "eval_every",
     "eval_images",
+    "init_from",  # its weights' hash counts
     "data_threads",
 )
 
@@ -73,6 +74,14 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file of a workdir; InputError when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); put back a copy, or delete it") from error
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -124,7 +133,9 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
 def open_experiment(workdir: Path, plan: dict[str, Any]) -> None:
     """Notes what an experiment compares; InputError when the workdir holds another one."""
     path, plan = Path(workdir) / "experiment.json", json.loads(json.dumps(plan))
-    if path.exists() and json.loads(path.read_text(encoding="utf-8")) != plan:
+    if (Path(workdir) / "run.json").exists():
+        raise InputError(f"workdir {workdir} is a training's run directory; use a new workdir")
+    if path.exists() and read_json(path) != plan:
         raise InputError(
             f"workdir {workdir} holds an experiment with another plan ({path}); give that "
             "configuration back or use a new workdir"

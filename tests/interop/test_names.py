@@ -117,7 +117,7 @@ def test_tensors_that_do_not_fit_are_named_three_at_most_with_their_count():
     ("fields", "word"),
     [
         (dict(latent_channels=3), "latent_channels"),
-        (dict(width_multipliers=(2, 2)), "width_multipliers"),
+        (dict(width_multipliers=(2, 2, 2)), "width_multipliers"),
     ],
 )
 def test_what_diffusers_cannot_express_is_refused(fields, word):

@@ -30,8 +30,9 @@ def trained(monkeypatch):
         workdir.mkdir(parents=True)
         (workdir / "run.json").write_text(json.dumps(record))
 
-    figures = lambda folder: {"psnr_db": float(len(runs)), "ssim": 0.5, "sharpness": 1.0}  # noqa: E731
+    figures = lambda folder, lpips: {"psnr_db": float(len(runs)), "ssim": 0.5, "sharpness": 1.0}  # noqa: E731
     monkeypatch.setattr(train_autoencoder, "run", train)
+    monkeypatch.setattr(evaluate, "find_lpips", lambda loss: None)
     monkeypatch.setattr(evaluate, "reconstruction_figures", figures)
     return runs
 

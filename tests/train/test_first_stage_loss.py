@@ -106,7 +106,7 @@ VQ = dataclasses.replace(
 @pytest.fixture(scope="module", params=[tiny.AUTOENCODER.model, VQ], ids=["kl", "vq"])
 def gradients(request):
     """(ours, plain differentiation's, our metrics) of a loss with everything in it but LPIPS."""
-    how = recipe(request.param, dataclasses.replace(PLAIN, reduction="mean", kl_weight=1e-3))
+    how = recipe(request.param, dataclasses.replace(PLAIN, reduction="mean", kl_weight=0.1))
     params = autoencoder.init(how.model, jax.random.key(0))
     adversary = discriminator.init(how.adversarial.discriminator, jax.random.key(1))
     step = jnp.int32(how.adversarial.start)
@@ -119,7 +119,8 @@ def gradients(request):
         z = moments = autoencoder.encode(how.model, params, x)
         if how.model.latent == "kl":
             z = latents.sample(moments, draw_keys(3, "posterior", step, 5))
-            regulariser = how.loss.kl_weight * latents.kl_to_standard_normal(moments).mean()
+            kl = latents.kl_to_standard_normal(moments).mean()
+            regulariser = how.loss.kl_weight * kl / x[0].size
         else:
             codebook = params["quantizer"]["codebook"]
             distance = jnp.square(z[..., None, :] - codebook.reshape(1, 1, 1, 16, 2)).sum(-1)

@@ -115,7 +115,7 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
         "keep_every": 3,
         "data_threads": 4,
     }
-    of_first_stages = {"eval_every": 5, "eval_images": 6}
+    of_first_stages = {"eval_every": 5, "eval_images": 6, "init_from": "elsewhere"}
     assert set(free) | set(of_first_stages) == set(run_dir.FREE_FIELDS)
     for name, value in free.items():
         open_run(tmp_path, "train-denoiser", dataclasses.replace(RUN, **{name: value}), mesh, DATA)
