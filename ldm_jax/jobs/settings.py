@@ -23,6 +23,7 @@ from ldm_jax.models.autoencoder import Config as AutoencoderConfig
 from ldm_jax.models.denoiser import Config as DenoiserConfig
 from ldm_jax.sharding import MeshConfig
 from ldm_jax.train.adversarial import Config as AdversarialConfig
+from ldm_jax.train.autoencoder_step import accumulates
 from ldm_jax.train.ema import Config as EmaConfig
 from ldm_jax.train.first_stage_loss import AutoencoderLoss, Recipe
 from ldm_jax.train.loop import Config as LoopConfig
@@ -36,6 +37,7 @@ class AutoencoderRun:
 
     seed: int = 0
     batch_size: int = 32  # images per step, over all devices
+    accumulate: int = 1  # micro-batches, one after the other, that a step's batch is taken in
     num_steps: int = 1000
     log_every: int = 50
     checkpoint_every: int = 1000
@@ -56,6 +58,12 @@ class AutoencoderRun:
 
     def __post_init__(self):
         loop_config(self)
+        if self.accumulate > 1 and not accumulates(self.recipe):
+            raise InputError(
+                f"accumulate {self.accumulate}: an adversary and a codebook are trained on the "
+                "whole batch of a step; set --config.accumulate=1, or --config.adversarial.weight=0"
+                " with a KL model"
+            )
         if self.train not in ("all", "decoder"):
             raise InputError(f"train {self.train!r} is unknown; choose one of ('all', 'decoder')")
         if self.loss.perceptual_weight and self.model.resolution < 16:
@@ -89,6 +97,7 @@ class DenoiserRun:
 
     seed: int = 0
     batch_size: int = 64  # latents per step, over all devices
+    accumulate: int = 1  # micro-batches, one after the other, that a step's batch is taken in
     num_steps: int = 1000
     log_every: int = 50
     checkpoint_every: int = 1000
@@ -119,6 +128,8 @@ def loop_config(run: Run) -> LoopConfig:
     """The loop's part of a run; raises InputError for a seed or a pace out of range."""
     if not 0 <= run.seed < 2**32:
         raise InputError(f"seed {run.seed} must be in 0..2**32 - 1")
+    if run.accumulate < 1:
+        raise InputError(f"accumulate {run.accumulate} must be at least 1")
     if run.data_threads < 1:
         raise InputError(f"data_threads {run.data_threads} must be at least 1")
     names = [f.name for f in dataclasses.fields(LoopConfig) if hasattr(run, f.name)]

@@ -27,7 +27,7 @@ def run(
 ) -> TrainState:
     """Trains, or goes on, in `workdir`, on `devices` (None: all); refusals precede any writing."""
     mesh = make_mesh(config.mesh, devices)
-    check_batch(config.batch_size, mesh)
+    check_batch(config.batch_size, mesh, parts=config.accumulate)
     config = resolve_paths(config)
     first_stage = load_first_stage(config.autoencoder, mesh)
     cache = latent_cache.open_cache(
@@ -80,7 +80,7 @@ def run(
         axes=denoiser.axes(config.model),
         optimizer=optimizer,
         make_step=lambda shardings: make_step(
-            loss, optimizer, learning_rate, config.ema, mesh, shardings
+            loss, optimizer, learning_rate, config.ema, mesh, shardings, config.accumulate
         ),
         read=read,
         order=cache.order(config.seed),

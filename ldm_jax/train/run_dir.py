@@ -21,6 +21,7 @@ PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 FREE_FIELDS = (
     "num_steps",
     "mesh",
+    "accumulate",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",

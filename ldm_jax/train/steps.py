@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,9 @@ from ldm_jax.keys import example_keys, key_for, normal_like
 from ldm_jax.models import denoiser, latents
 from ldm_jax.sharding import batch_sharding, constrain, replicated, use_mesh
 from ldm_jax.train import ema as ema_lib
+from ldm_jax.train.gradient import Batch, Loss, positions, value_and_grad
 from ldm_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]
-Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -37,19 +35,24 @@ class DenoiserLoss:
             raise InputError(f"label_dropout {self.label_dropout} must be in [0, 1)")
 
 
-def draw_keys(seed: int, purpose: str, step: jax.Array, batch_size: int) -> jax.Array:
-    """One key per example of the global batch [B], whatever the mesh."""
-    return example_keys(key_for(seed, purpose, step), jnp.arange(batch_size))
+def draw_keys(seed: int, purpose: str, step: jax.Array, rows: jax.Array) -> jax.Array:
+    """One key per row [B], from its position in the global batch [B], whatever the mesh."""
+    return example_keys(key_for(seed, purpose, step), rows)
 
 
 def denoiser_draws(
-    seed: int, step: jax.Array, moments: jax.Array, channels: int, num_timesteps: int
+    seed: int,
+    step: jax.Array,
+    moments: jax.Array,
+    rows: jax.Array,
+    channels: int,
+    num_timesteps: int,
 ) -> dict[str, jax.Array]:
-    """Every random draw of one denoiser step, from the global position in the batch alone.
+    """Every random draw of one denoiser step, from the rows' positions [B] in the global batch.
 
     moments [B,h,w,2C or C] -> z [B,h,w,C] (unwhitened), noise like z, t int32 [B], uniform f32 [B].
     """
-    keys = lambda purpose: draw_keys(seed, purpose, step, moments.shape[0])  # noqa: E731
+    keys = lambda purpose: draw_keys(seed, purpose, step, rows)  # noqa: E731
     z = latents.draw(moments, keys("posterior"), channels)
     return {
         "z": z,
@@ -70,7 +73,9 @@ def denoiser_loss(
 
     def compute(params, batch, step):
         channels = len(whitening.shift)
-        draws = denoiser_draws(seed, step, batch["moments"], channels, schedule.num_timesteps)
+        draws = denoiser_draws(
+            seed, step, batch["moments"], positions(batch), channels, schedule.num_timesteps
+        )
         cond = {name: batch[name] for name in denoiser.condition_names(config)}
         cond = denoiser.drop_condition(config, cond, draws["uniform"] < loss.label_dropout)
         z0 = whitening.whiten(draws["z"])
@@ -90,13 +95,23 @@ def make_step(
     ema: ema_lib.Config,
     mesh: Mesh,
     shardings: TrainState,
+    accumulate: int = 1,
 ) -> Step:
-    """Gradient, update and moving average of one step; the state is donated."""
+    """Gradient, update and moving average of one step; the state is donated.
+
+    The gradient is taken in `accumulate` micro-batches, one after the other.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with use_mesh(mesh):
-            gradient = jax.value_and_grad(loss, has_aux=True)
-            (value, parts), grads = gradient(state.params, batch, state.step)
+            (value, parts), grads = value_and_grad(
+                loss,
+                state.params,
+                batch,
+                state.step,
+                count=accumulate,
+                shardings=shardings.params,
+            )
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             average = state.ema
