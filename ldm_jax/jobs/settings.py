@@ -43,6 +43,7 @@ class AutoencoderRun:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     keep_every: int = 0
+    max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
     eval_every: int = 0  # steps between evaluations on held-out images; 0 = none
     eval_images: int = 256  # of them, the first ones, in each evaluation
     data_threads: int = 2  # that prepare batches ahead, per process
@@ -103,6 +104,10 @@ class DenoiserRun:
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     keep_every: int = 0
+    max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
+    loss_bins: int = 0  # equal intervals of time whose losses are logged apart; 0 = none
+    eval_every: int = 0  # steps between losses of held-out latents, on fixed draws; 0 = none
+    eval_examples: int = 1024  # of them, the first ones, in each evaluation
     data_threads: int = 2
     autoencoder: str = ""  # workdir of the first stage
     latents: str = ""  # latent cache; empty = AUTOENCODER/latents
@@ -119,6 +124,10 @@ class DenoiserRun:
 
     def __post_init__(self):
         loop_config(self)
+        if self.eval_examples < 1:
+            raise InputError(f"eval_examples {self.eval_examples} must be at least 1")
+        if self.loss_bins < 0:
+            raise InputError(f"loss_bins {self.loss_bins} must be at least 0, which logs none")
 
 
 Run = AutoencoderRun | DenoiserRun

@@ -14,6 +14,7 @@ from ldm_jax.train import adversarial
 from ldm_jax.train import ema as ema_lib
 from ldm_jax.train.first_stage_loss import Recipe, autoencoder_loss
 from ldm_jax.train.gradient import Batch, value_and_grad
+from ldm_jax.train.guard import keep_finite, updates_done
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.steps import Step
 
@@ -54,7 +55,9 @@ def make_autoencoder_step(
 
     Both turns are one sharded program, whose state is donated. `perceptual` are LPIPS' parameters
     or None. The gradient is taken in `accumulate` micro-batches, where nothing but the gradient is
-    made of the batch: without an adversary and without a codebook.
+    made of the batch: without an adversary and without a codebook. Where the loss, the gradient or
+    the discriminator's new parameters are not finite, nothing changes but the step's number, and
+    the metric `skipped` is 1.
     """
     assert accumulate == 1 or accumulates(recipe), "an adversary and a codebook see whole batches"
 
@@ -104,8 +107,14 @@ def make_autoencoder_step(
             average = state.ema
             if ema.decay:
                 average = ema_lib.update(average, params, ema_lib.decay_at(ema, state.step + 1))
-            metrics["lr"] = jnp.asarray(learning_rate(state.step), jnp.float32)
-            return TrainState(state.step + 1, params, average, opt_state, extra), metrics
+            done = updates_done(state.opt_state)
+            metrics["lr"] = jnp.asarray(learning_rate(done), jnp.float32)
+            new = TrainState(state.step + 1, params, average, opt_state, extra)
+            judged = [value, metrics["grad_norm"]]
+            if adversary is not None:
+                judged.append(optax.tree.norm(extra["discriminator"]["params"]))
+            new, metrics["skipped"] = keep_finite(state, new, *judged)
+            return new, metrics
 
     compiled = jax.jit(
         step,

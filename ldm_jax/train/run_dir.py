@@ -26,8 +26,11 @@ FREE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
+    "max_bad_steps",
     "eval_every",
     "eval_images",
+    "eval_examples",
+    "loss_bins",
     "data_threads",
 )
 

@@ -79,8 +79,9 @@ def denoiser_loss(monkeypatch):
     monkeypatch.setattr(steps.denoiser, "apply", apply)
     whitening = latents.Whitening((0.5, -1.0), (2.0, 3.0))
 
-    def make(loss):
-        compute = steps.denoiser_loss(tiny.DENOISER.model, loss, SCHEDULE, whitening, 0)
+    def make(loss, bins=0):
+        losses = steps.denoiser_losses(tiny.DENOISER.model, loss, SCHEDULE, whitening, 0)
+        compute = steps.denoiser_loss(losses, bins)
         run = lambda batch, step: (compute(jnp.float32(0.5), batch, step), told[-1])  # noqa: E731
         run = jax.jit(run)
         return lambda labels, moments, step=0: jax.device_get(
@@ -104,6 +105,23 @@ def test_denoiser_loss_is_the_mean_error_of_the_noise_of_whitened_latents(
     np.testing.assert_allclose(told[0], z_t, atol=1e-5)
     np.testing.assert_array_equal(told[1], d["t"])
     np.testing.assert_array_equal(told[2], [1, 2, 3, 4])
+
+
+def test_losses_by_time_are_sums_and_counts_that_make_up_the_loss(denoiser_loss):
+    loss = denoiser_loss(steps.DenoiserLoss("l2", 0.0), bins=8)
+    (value, parts), told = loss([1, 2, 3, 4], MOMENTS)
+    counts = [parts[f"loss_bin/{k}/count"] for k in range(8)]
+    np.testing.assert_array_equal(counts, np.bincount(told[1] * 8 // 1000, minlength=8))
+    assert 0 in counts
+    sums = np.array([parts[f"loss_bin/{k}/sum"] for k in range(8)])
+    assert np.isfinite(sums).all() and not sums[np.array(counts) == 0].any()
+    np.testing.assert_allclose(sums.sum(), 4 * value, rtol=1e-6)
+
+
+def test_ends_of_time_lie_in_the_first_and_the_last_interval():
+    np.testing.assert_array_equal(
+        steps.bin_of(np.float32([0, 0.24, 0.25, 0.999, 1]), 4), [0, 0, 1, 3, 3]
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
