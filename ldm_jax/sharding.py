@@ -192,15 +192,20 @@ def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
 
 
 def check_batch(
-    batch_size: int, mesh: Mesh, name: str = "batch_size", rules: Rules = RULES
+    batch_size: int,
+    mesh: Mesh,
+    name: str = "batch_size",
+    rules: Rules = RULES,
+    parts: int = 1,
 ) -> None:
-    """Raises InputError unless the global batch divides over the mesh."""
-    ways = math.prod(mesh.shape[a] for a in rules.batch)
+    """Raises InputError unless each of `parts` of the global batch divides over the mesh."""
+    ways = parts * math.prod(mesh.shape[a] for a in rules.batch)
     if batch_size < 1 or batch_size % ways:
         nearest = max(1, round(batch_size / ways)) * ways
+        split = f", accumulate={parts}" if parts > 1 else ""
         raise InputError(
             f"{name} {batch_size} must divide by {ways} "
-            f"({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.batch)} devices); "
+            f"({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.batch)} devices{split}); "
             f"nearest: {nearest}"
         )
 

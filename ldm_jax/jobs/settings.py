@@ -23,6 +23,7 @@ from ldm_jax.models.autoencoder import Config as AutoencoderConfig
 from ldm_jax.models.denoiser import Config as DenoiserConfig
 from ldm_jax.sharding import MeshConfig
 from ldm_jax.train.adversarial import Config as AdversarialConfig
+from ldm_jax.train.autoencoder_step import accumulates
 from ldm_jax.train.ema import Config as EmaConfig
 from ldm_jax.train.first_stage_loss import AutoencoderLoss, Recipe
 from ldm_jax.train.loop import Config as LoopConfig
@@ -36,11 +37,13 @@ class AutoencoderRun:
 
     seed: int = 0
     batch_size: int = 32  # images per step, over all devices
+    accumulate: int = 1  # micro-batches, one after the other, that a step's batch is taken in
     num_steps: int = 1000
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     keep_every: int = 0
+    max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
     eval_every: int = 0  # steps between evaluations on held-out images; 0 = none
     eval_images: int = 256  # of them, the first ones, in each evaluation
     data_threads: int = 2  # that prepare batches ahead, per process
@@ -56,6 +59,12 @@ class AutoencoderRun:
 
     def __post_init__(self):
         loop_config(self)
+        if self.accumulate > 1 and not accumulates(self.recipe):
+            raise InputError(
+                f"accumulate {self.accumulate}: an adversary and a codebook are trained on the "
+                "whole batch of a step; set --config.accumulate=1, or --config.adversarial.weight=0"
+                " with a KL model"
+            )
         if self.train not in ("all", "decoder"):
             raise InputError(f"train {self.train!r} is unknown; choose one of ('all', 'decoder')")
         if self.model.image_channels != 3:
@@ -102,11 +111,16 @@ class DenoiserRun:
 
     seed: int = 0
     batch_size: int = 64  # latents per step, over all devices
+    accumulate: int = 1  # micro-batches, one after the other, that a step's batch is taken in
     num_steps: int = 1000
     log_every: int = 50
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     keep_every: int = 0
+    max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
+    loss_bins: int = 0  # equal intervals of time whose losses are logged apart; 0 = none
+    eval_every: int = 0  # steps between losses of held-out latents, on fixed draws; 0 = none
+    eval_examples: int = 1024  # of them, the first ones, in each evaluation
     data_threads: int = 2
     autoencoder: str = ""  # workdir of the first stage
     latents: str = ""  # latent cache; empty = AUTOENCODER/latents
@@ -123,6 +137,10 @@ class DenoiserRun:
 
     def __post_init__(self):
         loop_config(self)
+        if self.eval_examples < 1:
+            raise InputError(f"eval_examples {self.eval_examples} must be at least 1")
+        if self.loss_bins < 0:
+            raise InputError(f"loss_bins {self.loss_bins} must be at least 0, which logs none")
 
 
 Run = AutoencoderRun | DenoiserRun
@@ -132,6 +150,8 @@ def loop_config(run: Run) -> LoopConfig:
     """The loop's part of a run; raises InputError for a seed or a pace out of range."""
     if not 0 <= run.seed < 2**32:
         raise InputError(f"seed {run.seed} must be in 0..2**32 - 1")
+    if run.accumulate < 1:
+        raise InputError(f"accumulate {run.accumulate} must be at least 1")
     if run.data_threads < 1:
         raise InputError(f"data_threads {run.data_threads} must be at least 1")
     names = [f.name for f in dataclasses.fields(LoopConfig) if hasattr(run, f.name)]

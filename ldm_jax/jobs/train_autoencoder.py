@@ -36,7 +36,7 @@ def run(
     An identity first stage has nothing to train: its workdir is made, and None is given back.
     """
     mesh = make_mesh(config.mesh, devices)
-    check_batch(config.batch_size, mesh)
+    check_batch(config.batch_size, mesh, parts=config.accumulate)
     if config.train == "decoder" and not config.init_from:
         raise InputError(
             "train 'decoder' needs the weights of a trained encoder; name its workdir with "
@@ -101,6 +101,7 @@ def run(
             mesh,
             shardings,
             jax.device_put(perceptual, replicated(mesh)),
+            config.accumulate,
         ),
         read=read,
         order=Order(len(source), config.seed),

@@ -11,6 +11,7 @@ from ldm_jax.data import latent_cache
 from ldm_jax.data.latent_manifest import Manifest
 from ldm_jax.diffusion import process
 from ldm_jax.errors import InputError
+from ldm_jax.jobs import denoiser_evaluation
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.jobs.training import check_traces, fit
@@ -19,7 +20,7 @@ from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train import optim
 from ldm_jax.train.run_dir import open_run
 from ldm_jax.train.state import TrainState
-from ldm_jax.train.steps import denoiser_loss, make_step
+from ldm_jax.train.steps import denoiser_loss, denoiser_losses, make_step
 
 
 def run(
@@ -27,7 +28,7 @@ def run(
 ) -> TrainState:
     """Trains, or goes on, in `workdir`, on `devices` (None: all); refusals precede any writing."""
     mesh = make_mesh(config.mesh, devices)
-    check_batch(config.batch_size, mesh)
+    check_batch(config.batch_size, mesh, parts=config.accumulate)
     config = resolve_paths(config)
     first_stage = load_first_stage(config.autoencoder, mesh)
     cache = latent_cache.open_cache(
@@ -56,13 +57,24 @@ def run(
         "whitening": {"shift": list(whitening.shift), "scale": list(whitening.scale)},
     }
     schedule = process.make_schedule(config.schedule)
-    loss = denoiser_loss(config.model, config.loss, schedule, whitening, config.seed)
+    losses = lambda loss, seed: denoiser_losses(  # noqa: E731
+        config.model, loss, schedule, whitening, seed
+    )
+    loss = denoiser_loss(losses(config.loss, config.seed), config.loss_bins)
     needed = {"moments", *denoiser.condition_names(config.model)}
     shapes = {
         "moments": jax.ShapeDtypeStruct((config.batch_size, *manifest.moments_shape), "float32"),
         "label": jax.ShapeDtypeStruct((config.batch_size,), "int32"),
     }
     check_traces(lambda key, batch: loss(denoiser.init(config.model, key), batch, 0), shapes)
+    evaluate = None
+    if config.eval_every:
+        held_out = latent_cache.open_cache(
+            Path(config.latents) / "held_out", expect={"encoder_hash": first_stage.encoder_hash}
+        )
+        conditional = dataclasses.replace(config.loss, label_dropout=0.0)
+        judged = losses(conditional, denoiser_evaluation.SEED)
+        evaluate = denoiser_evaluation.make_evaluation(config, mesh, held_out, needed, judged)
     open_run(workdir, "train-denoiser", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
@@ -80,10 +92,11 @@ def run(
         axes=denoiser.axes(config.model),
         optimizer=optimizer,
         make_step=lambda shardings: make_step(
-            loss, optimizer, learning_rate, config.ema, mesh, shardings
+            loss, optimizer, learning_rate, config.ema, mesh, shardings, config.accumulate
         ),
         read=read,
         order=cache.order(config.seed),
+        evaluate=evaluate,
     )
 
 

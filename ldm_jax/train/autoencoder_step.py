@@ -13,8 +13,10 @@ from ldm_jax.sharding import batch_sharding, replicated, use_mesh
 from ldm_jax.train import adversarial
 from ldm_jax.train import ema as ema_lib
 from ldm_jax.train.first_stage_loss import Recipe, autoencoder_loss
+from ldm_jax.train.gradient import Batch, value_and_grad
+from ldm_jax.train.guard import keep_finite, updates_done
 from ldm_jax.train.state import TrainState
-from ldm_jax.train.steps import Batch, Step
+from ldm_jax.train.steps import Step
 
 
 def start_extra(
@@ -33,6 +35,11 @@ def start_extra(
     return extra
 
 
+def accumulates(recipe: Recipe) -> bool:
+    """Whether a batch may be taken in parts: adversary and codebook are trained on a whole one."""
+    return not recipe.adversarial.weight and recipe.model.latent != "vq"
+
+
 def make_autoencoder_step(
     recipe: Recipe,
     optimizer: optax.GradientTransformation,
@@ -42,21 +49,36 @@ def make_autoencoder_step(
     mesh: Mesh,
     shardings: TrainState,
     perceptual: Any,
+    accumulate: int = 1,
 ) -> Step:
     """The autoencoder's turn, the discriminator's, the codebook's upkeep and the moving average.
 
     Both turns are one sharded program, whose state is donated. `perceptual` are LPIPS' parameters
-    or None.
+    or None. The gradient is taken in `accumulate` micro-batches, where nothing but the gradient is
+    made of the batch: without an adversary and without a codebook. Where the loss, the gradient or
+    the discriminator's new parameters are not finite, nothing changes but the step's number, and
+    the metric `skipped` is 1.
     """
+    assert accumulate == 1 or accumulates(recipe), "an adversary and a codebook see whole batches"
 
     def step(state: TrainState, batch: Batch, perceptual: Any):
         with use_mesh(mesh):
             extra = dict(state.extra)
             adversary = extra["discriminator"]["params"] if "discriminator" in extra else None
-            loss = lambda p: autoencoder_loss(  # noqa: E731
-                recipe, p, batch, state.step, adversary, perceptual
+
+            def loss(params, batch, step):
+                value, seen = autoencoder_loss(recipe, params, batch, step, adversary, perceptual)
+                return value, seen if accumulate == 1 else seen["metrics"]
+
+            (value, seen), grads = value_and_grad(
+                loss,
+                state.params,
+                batch,
+                state.step,
+                count=accumulate,
+                shardings=shardings.params,
             )
-            (value, seen), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+            seen = seen if accumulate == 1 else {"metrics": seen}
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params: Any = optax.apply_updates(state.params, updates)
             # Weight decay moves even what has no gradient.
@@ -85,8 +107,14 @@ def make_autoencoder_step(
             average = state.ema
             if ema.decay:
                 average = ema_lib.update(average, params, ema_lib.decay_at(ema, state.step + 1))
-            metrics["lr"] = jnp.asarray(learning_rate(state.step), jnp.float32)
-            return TrainState(state.step + 1, params, average, opt_state, extra), metrics
+            done = updates_done(state.opt_state)
+            metrics["lr"] = jnp.asarray(learning_rate(done), jnp.float32)
+            new = TrainState(state.step + 1, params, average, opt_state, extra)
+            judged = [value, metrics["grad_norm"]]
+            if adversary is not None:
+                judged.append(optax.tree.norm(extra["discriminator"]["params"]))
+            new, metrics["skipped"] = keep_finite(state, new, *judged)
+            return new, metrics
 
     compiled = jax.jit(
         step,

@@ -15,7 +15,8 @@ from ldm_jax.errors import InputError
 from ldm_jax.keys import key_for
 from ldm_jax.models import autoencoder, latents, perceptual_net, quantizer
 from ldm_jax.train import adversarial
-from ldm_jax.train.steps import Batch, draw_keys
+from ldm_jax.train.gradient import Batch, positions
+from ldm_jax.train.steps import draw_keys
 
 PIXEL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square}
 EQUIVARIANCE_SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -105,7 +106,8 @@ def autoencoder_loss(
     }
     x = autoencoder.to_unit(batch["image"])
     moments = autoencoder.encode(model, params, x)
-    z = autoencoder.draw(model, moments, draw_keys(recipe.seed, "posterior", step, x.shape[0]))
+    keys = draw_keys(recipe.seed, "posterior", step, positions(batch))
+    z = autoencoder.draw(model, moments, keys)
     z_decoded, regulariser, metrics, codes = _regularise(recipe, params, moments, z, x[0].size)
     features = autoencoder.decode_features(model, params, z_decoded)
     x_hat = autoencoder.to_image(model, params, features)

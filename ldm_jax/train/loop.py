@@ -2,7 +2,6 @@
 
 import dataclasses
 import fcntl
-import math
 import signal
 import sys
 import threading
@@ -20,6 +19,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.sharding import put_batch
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.log import make_writer
+from ldm_jax.train.meter import Meter
 from ldm_jax.train.state import TrainState, abstract_like
 from ldm_jax.train.steps import Step
 
@@ -34,10 +34,15 @@ class Config:
     keep_checkpoints: int = 2  # newest ones
     keep_every: int = 0  # and every multiple of this; 0 = none
     eval_every: int = 0  # steps between evaluations, and one at the end; 0 = none
+    max_bad_steps: int = 0  # in a row, of a loss or gradient that is not finite; skipped till then
 
     def __post_init__(self):
         if self.eval_every < 0:
             raise InputError(f"eval_every {self.eval_every} must be at least 0, which is never")
+        if self.max_bad_steps < 0:
+            raise InputError(
+                f"max_bad_steps {self.max_bad_steps} must be at least 0, which stops at the first"
+            )
         for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise InputError(f"{field} {getattr(self, field)} must be at least 1")
@@ -45,25 +50,6 @@ class Config:
 
 # (state, step) -> figures, and pictures uint8 [H,W,3], both by name.
 Evaluate = Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
-
-
-class Meter:
-    """Means of metrics since the last log line; its content goes into checkpoints.
-
-    So the metrics of a resumed run equal those of an unbroken one bit for bit, wherever it stopped.
-    """
-
-    def __init__(self, pending: list[dict[str, float]] | None = None):
-        self.pending = list(pending or [])
-
-    def add(self, metrics: dict[str, jax.Array]) -> None:
-        """Blocks until the metrics' step has run."""
-        self.pending.append({k: float(v) for k, v in jax.device_get(metrics).items()})
-
-    def flush(self) -> dict[str, float]:
-        means = {k: float(np.mean([m[k] for m in self.pending])) for k in self.pending[0]}
-        self.pending = []
-        return means
 
 
 class _StopRequest:
@@ -122,12 +108,11 @@ def train(
         like = abstract_like(state)
         jax.tree.map(lambda x: x.delete(), state)  # two states would not fit where one just does
         state, meta = checkpoints.restore(start, like)
-        meter = Meter(meta["pending_metrics"])
+        meter = Meter(meta["pending_metrics"], meta.get("skipped_in_a_row", 0))
     writer = make_writer(workdir, resume_step=start, is_main=is_main)
-    # A copy: it is written in the background while the next steps add their metrics.
-    save = lambda: checkpoints.save(state, {"pending_metrics": list(meter.pending)})  # noqa: E731
+    save = lambda: checkpoints.save(state, meter.content())  # noqa: E731
     bar = _progress(name, start, config.num_steps, is_main)
-    stream, late = batches(start), None
+    stream, late, owed = batches(start), None, False
     clock, clock_step = time.perf_counter(), start
     try:
         with _StopRequest() as stop:
@@ -147,11 +132,11 @@ def train(
                     _record(late, meter, n, config, writer, clock, clock_step, batch_size)
                     if n % config.log_every == 0:
                         clock, clock_step = time.perf_counter(), n
-                late = metrics
+                late = metrics, host.get("index", ())
                 done = n + 1
                 stopping = bool(stop.signal) or checkpoints.reached_preemption(done)
                 last = done == config.num_steps
-                saving = stopping or done % config.checkpoint_every == 0 or last
+                saving = stopping or owed or done % config.checkpoint_every == 0 or last
                 due = config.eval_every and (done % config.eval_every == 0 or last)
                 if saving or (evaluate and due):
                     _record(late, meter, done, config, writer, clock, clock_step, batch_size)
@@ -165,7 +150,9 @@ def train(
                             save()  # what was trained outlives a fault in judging it
                         raise
                     clock += time.perf_counter() - began  # no part of the images per second
-                if saving:
+                # What cannot take a step may be past mending: the last good checkpoint stays.
+                owed = bool(saving and meter.skipped_in_a_row and not (stopping or last))
+                if saving and not owed:
                     save()
                 elif jax.default_backend() == "cpu":
                     # Fake devices share one thread pool; two steps in flight can starve each other.
@@ -206,15 +193,24 @@ def lock_workdir(workdir: Path) -> IO[str] | None:
     return file
 
 
-def _record(metrics, meter, done, config, writer, clock, clock_step, batch_size) -> None:
+def _record(late, meter, done, config, writer, clock, clock_step, batch_size) -> None:
     """Takes in the metrics of the `done`-th step and writes a line when one is due."""
-    meter.add(metrics)
-    loss = meter.pending[-1].get("loss", 0.0)
-    if not math.isfinite(loss):
-        raise InputError(
-            f"the loss of step {done} is {loss}: training has diverged, and this was not "
-            "saved; use a lower optim.lr or a smaller optim.clip_norm, in a new workdir"
-        )
+    metrics, index = late
+    values = meter.add(metrics)
+    if meter.skipped_in_a_row:
+        figures = f"the loss of step {done} is {values.get('loss')}"
+        if "grad_norm" in values:
+            figures += f", its gradient's norm {values['grad_norm']}"
+        if meter.skipped_in_a_row > config.max_bad_steps:
+            if config.max_bad_steps:
+                figures += f", and so it was {meter.skipped_in_a_row} times in a row"
+            raise InputError(
+                f"{figures}: training has diverged, and this was not saved; use a lower "
+                "optim.lr or a smaller optim.clip_norm, in a new workdir"
+            )
+        # Every process tells of the examples that it read.
+        examples = ", ".join(str(int(i)) for i in index)
+        print(f"{figures}: it is skipped; it had the examples {examples}", file=sys.stderr)
     if done % config.log_every and done != config.num_steps:
         return
     rate = (done - clock_step) / max(time.perf_counter() - clock, 1e-9)

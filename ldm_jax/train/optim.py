@@ -1,29 +1,46 @@
-"""The optimizer of a run, from optax."""
+"""The optimizer of a run, from optax: five algorithms behind one clipping, one schedule, one mask.
+
+Muon orthogonalises the update of hidden matrices: kernels of dense layers and of 1x1 convolutions
+(attention, feed-forward, shortcuts, time), each as one matrix even where it fuses two (GEGLU).
+Everything else (wider convolutions, first and last layers, embeddings, codebooks, biases, norms)
+goes to AdamW at the same learning rate: an orthogonal update is scaled to the RMS of AdamW's.
+"""
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from ldm_jax.errors import InputError
+from ldm_jax.sharding import key_name
 
-SCHEDULES = ("constant", "cosine")
+MUON_RMS = (
+    0.2  # of an update over the learning rate, as AdamW's (Liu et al., 2025, arXiv 2502.16982)
+)
+EDGE_LAYERS = ("conv_in", "conv_out", "time_in", "adapter")  # first and last: not Muon's
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """AdamW. The learning rate is what is used: nothing multiplies it by batch or device counts."""
+    """The learning rate is what is used: nothing multiplies it by batch or device counts."""
 
+    name: str = "adamw"  # "adamw" | "adam" | "adafactor" | "lion" | "muon"
     lr: float = 1e-4
-    schedule: str = (
-        "constant"  # after warm-up; "cosine" falls to final_lr_fraction at the last step
-    )
-    final_lr_fraction: float = 0.0
+    schedule: str = "constant"  # "constant" | "cosine" | "rsqrt" | "edm2"
+    final_lr_fraction: float = 0.0  # what "cosine" has come to after num_steps updates
+    decay_steps: int = 70_000  # updates after which "rsqrt" and "edm2" fall; EDM2's are these
     warmup_steps: int = 0  # linear from 0
-    b1: float = 0.9
+    b1: float = 0.9  # of adafactor: momentum, 0 = keep none; lion's published are 0.9, 0.99
     b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    eps: float = 1e-8  # of adamw and adam
+    momentum: float = 0.95  # of muon's matrices, Nesterov's
+    weight_decay: float = 0.0  # times the learning rate, decoupled; not for adam
+    weight_decay_mask: str = "all"  # "all" | "matrices": kernels of rank >= 2 alone
     clip_norm: float = 0.0  # global gradient norm; 0 = no clipping
 
     def __post_init__(self):
@@ -32,37 +49,169 @@ class Config:
                 raise InputError(
                     f"optim {name} {getattr(self, name)} must be finite and not negative"
                 )
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"optim {name} {getattr(self, name)} must be in [0, 1)")
-        if self.schedule not in SCHEDULES:
+        if self.decay_steps < 1:
+            raise InputError(f"optim decay_steps {self.decay_steps} must be at least 1")
+        for name, known in (
+            ("name", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("weight_decay_mask", MASKS),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"optim {name} {getattr(self, name)!r} is unknown; choose one of {list(known)}"
+                )
+        if self.name == "adam" and self.weight_decay:
             raise InputError(
-                f"optim schedule {self.schedule!r} is unknown; choose one of {SCHEDULES}"
+                f"optim name 'adam' has no weight decay, weight_decay is {self.weight_decay}; set "
+                "--config.optim.weight_decay=0 or --config.optim.name=adamw"
             )
+
+
+def constant(config: Config, num_steps: int) -> optax.Schedule:
+    return _after_warmup(config, optax.constant_schedule(config.lr))
+
+
+def cosine(config: Config, num_steps: int) -> optax.Schedule:
+    """Half a cosine from the end of the warm-up to the end of the run.
+
+    It comes to `final_lr_fraction` after the last update: with 0 that one still moves.
+    """
+    steps = max(1, num_steps - config.warmup_steps)
+    return _after_warmup(
+        config, optax.cosine_decay_schedule(config.lr, steps, config.final_lr_fraction)
+    )
+
+
+def rsqrt(config: Config, num_steps: int) -> optax.Schedule:
+    """lr / sqrt(1 + n / decay_steps), n counted from the end of the warm-up.
+
+    Zhai et al., CVPR 2022 ("Scaling Vision Transformers"), without their cool-down.
+    """
+    return _after_warmup(config, lambda n: config.lr / jnp.sqrt(1 + n / config.decay_steps))
+
+
+def edm2(config: Config, num_steps: int) -> optax.Schedule:
+    """lr / sqrt(max(n / decay_steps, 1)) times the ramp, both counted from the start.
+
+    Karras et al., CVPR 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models");
+    their ramp is 0 at the first update, ours is 1 / warmup_steps.
+    """
+    ramp = optax.linear_schedule(0.0, 1.0, config.warmup_steps) if config.warmup_steps else None
+
+    def rate(n):
+        falling = config.lr / jnp.sqrt(jnp.maximum(n / config.decay_steps, 1.0))
+        return falling * ramp(n + 1) if ramp else falling
+
+    return rate
+
+
+SCHEDULES: dict[str, Callable[[Config, int], optax.Schedule]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "rsqrt": rsqrt,
+    "edm2": edm2,
+}
+
+
+def _after_warmup(config: Config, main: optax.Schedule) -> optax.Schedule:
+    if not config.warmup_steps:
+        return main
+    warmup = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
+    # Shifted by one, so that the first update already moves.
+    return optax.join_schedules([lambda n: warmup(n + 1), main], [config.warmup_steps])
 
 
 def learning_rate(config: Config, num_steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of updates done."""
-    warmup = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
-    if config.schedule == "cosine":
-        decay_steps = max(1, num_steps - config.warmup_steps)
-        main = optax.cosine_decay_schedule(config.lr, decay_steps, config.final_lr_fraction)
-    else:
-        main = optax.constant_schedule(config.lr)
-    if not config.warmup_steps:
-        return main
-    # Shifted by one, so that the first update already moves.
-    return lambda n: optax.join_schedules([warmup, main], [config.warmup_steps])(n + 1)
+    return SCHEDULES[config.schedule](config, num_steps)
 
 
-def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
-    """Clipping, then AdamW with decoupled weight decay."""
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    adamw = optax.adamw(
-        learning_rate(config, num_steps),
+def matrices(params: Any) -> Any:
+    """True for kernels of rank >= 2, False for biases, norms, embeddings and codebooks."""
+    is_matrix = lambda path, p: key_name(path[-1]) == "kernel" and p.ndim >= 2  # noqa: E731
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+MASKS: dict[str, Callable[[Any], Any] | None] = {"all": None, "matrices": matrices}
+
+
+def muon_dimensions(params: Any) -> Any:
+    """Which axes of a hidden matrix are its two, None for what AdamW takes; the module says why."""
+
+    def dimensions(path, p):
+        names = [key_name(k) for k in path]
+        hidden = names[-1] == "kernel" and not set(names) & set(EDGE_LAYERS)
+        matrix = p.ndim == 2 or (p.ndim == 4 and p.shape[:2] == (1, 1))
+        return MuonDimensionNumbers(-2, -1) if hidden and matrix else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _adamw(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    mask = MASKS[config.weight_decay_mask]
+    return optax.adamw(
+        rate,
         b1=config.b1,
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        mask=mask,
     )
-    return optax.chain(clip, adamw)
+
+
+def _adam(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adam(rate, b1=config.b1, b2=config.b2, eps=config.eps)
+
+
+def _lion(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    mask = MASKS[config.weight_decay_mask]
+    return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=mask)
+
+
+def _adafactor(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Absolute steps, so that AdamW's learning rate is about right; factored from 128 x 128 on."""
+    decay = lambda n: config.weight_decay * rate(n)  # noqa: E731  optax's own is not times the rate
+    return optax.adafactor(
+        rate,
+        multiply_by_parameter_scale=False,
+        momentum=config.b1 or None,
+        weight_decay_rate=decay if config.weight_decay else None,
+        weight_decay_mask=MASKS[config.weight_decay_mask],
+    )
+
+
+def _muon(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+    # optax's muon would give the rest to AdamW with Nesterov's momentum: another update.
+    matrices = optax.contrib.muon(
+        rate,
+        beta=config.momentum,
+        weight_decay=config.weight_decay,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=MUON_RMS,
+    )
+    labels = lambda params: jax.tree.map(  # noqa: E731
+        lambda _, d: "adamw" if d is None else "muon", params, muon_dimensions(params)
+    )
+    return optax.partition({"muon": matrices, "adamw": _adamw(config, rate)}, labels)
+
+
+OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "adam": _adam,
+    "adafactor": _adafactor,
+    "lion": _lion,
+    "muon": _muon,
+}
+
+
+def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+    """Clipping, then the optimizer with decoupled weight decay.
+
+    The state is made of trees like the parameters, so it is sharded as they are; Adafactor's row
+    and column statistics, of lower rank, are replicated.
+    """
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, OPTIMIZERS[config.name](config, learning_rate(config, num_steps)))

@@ -21,13 +21,17 @@ PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 FREE_FIELDS = (
     "num_steps",
     "mesh",
+    "accumulate",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
     "keep_every",
+    "max_bad_steps",
     "eval_every",
     "eval_images",
     "init_from",  # its weights' hash counts
+    "eval_examples",
+    "loss_bins",
     "data_threads",
 )
 
@@ -176,9 +180,9 @@ def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) 
 
 
 def _is_free(key: str, config: dict[str, Any]) -> bool:
-    """Whether a resumed run may change a field; a decaying learning rate depends on the length."""
+    """Whether a resumed run may change a field; the cosine depends on the length."""
     if key == "num_steps":
-        return config.get("optim.schedule", "constant") == "constant"
+        return config.get("optim.schedule") != "cosine"
     return key.split(".")[0] in FREE_FIELDS
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -16,10 +17,12 @@ from ldm_jax.keys import example_keys, key_for, normal_like
 from ldm_jax.models import denoiser, latents
 from ldm_jax.sharding import batch_sharding, constrain, replicated, use_mesh
 from ldm_jax.train import ema as ema_lib
+from ldm_jax.train.gradient import Batch, Loss, positions, value_and_grad
+from ldm_jax.train.guard import keep_finite, updates_done
 from ldm_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]
-Loss = Callable[[Any, Batch, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# (params, batch, step) -> losses f32 [B], and times [B], 0 = data, 1 = noise
+PerExample = Callable[[Any, Batch, Any], tuple[jax.Array, jax.Array]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -37,19 +40,24 @@ class DenoiserLoss:
             raise InputError(f"label_dropout {self.label_dropout} must be in [0, 1)")
 
 
-def draw_keys(seed: int, purpose: str, step: jax.Array, batch_size: int) -> jax.Array:
-    """One key per example of the global batch [B], whatever the mesh."""
-    return example_keys(key_for(seed, purpose, step), jnp.arange(batch_size))
+def draw_keys(seed: int, purpose: str, step: jax.Array, rows: jax.Array) -> jax.Array:
+    """One key per row [B], from its position in the global batch [B], whatever the mesh."""
+    return example_keys(key_for(seed, purpose, step), rows)
 
 
 def denoiser_draws(
-    seed: int, step: jax.Array, moments: jax.Array, channels: int, num_timesteps: int
+    seed: int,
+    step: jax.Array,
+    moments: jax.Array,
+    rows: jax.Array,
+    channels: int,
+    num_timesteps: int,
 ) -> dict[str, jax.Array]:
-    """Every random draw of one denoiser step, from the global position in the batch alone.
+    """Every random draw of one denoiser step, from the rows' positions [B] in the global batch.
 
     moments [B,h,w,2C or C] -> z [B,h,w,C] (unwhitened), noise like z, t int32 [B], uniform f32 [B].
     """
-    keys = lambda purpose: draw_keys(seed, purpose, step, moments.shape[0])  # noqa: E731
+    keys = lambda purpose: draw_keys(seed, purpose, step, rows)  # noqa: E731
     z = latents.draw(moments, keys("posterior"), channels)
     return {
         "z": z,
@@ -59,18 +67,20 @@ def denoiser_draws(
     }
 
 
-def denoiser_loss(
+def denoiser_losses(
     config: denoiser.Config,
     loss: DenoiserLoss,
     schedule: Schedule,
     whitening: latents.Whitening,
     seed: int,
-) -> Loss:
-    """{"moments": f32 [B,h,w,2C or C], conditions ...} -> the denoising loss."""
+) -> PerExample:
+    """{"moments": f32 [B,h,w,2C or C], conditions ...} -> each example's denoising loss."""
 
     def compute(params, batch, step):
         channels = len(whitening.shift)
-        draws = denoiser_draws(seed, step, batch["moments"], channels, schedule.num_timesteps)
+        draws = denoiser_draws(
+            seed, step, batch["moments"], positions(batch), channels, schedule.num_timesteps
+        )
         cond = {name: batch[name] for name in denoiser.condition_names(config)}
         cond = denoiser.drop_condition(config, cond, draws["uniform"] < loss.label_dropout)
         z0 = whitening.whiten(draws["z"])
@@ -78,9 +88,36 @@ def denoiser_loss(
         per_example = objective.denoising_loss(
             predict, schedule, z0, cond, draws["t"], draws["noise"], loss.kind
         )
-        return per_example.mean(), {}
+        return per_example, draws["t"] / schedule.num_timesteps
 
     return compute
+
+
+def denoiser_loss(losses: PerExample, bins: int = 0) -> Loss:
+    """The mean of `losses`, and of `bins` equal intervals of time the sums and counts."""
+
+    def compute(params, batch, step):
+        per_example, times = losses(params, batch, step)
+        return per_example.mean(), sums_by_bin(per_example, times, bins)
+
+    return compute
+
+
+def bin_of(times: jax.Array | np.ndarray, bins: int) -> jax.Array:
+    """Which of `bins` equal intervals of [0, 1] each time lies in, int32, from 0."""
+    return jnp.clip(jnp.floor(jnp.asarray(times) * bins).astype(jnp.int32), 0, bins - 1)
+
+
+def sums_by_bin(losses: jax.Array, times: jax.Array, bins: int) -> dict[str, jax.Array]:
+    """`loss_bin/K/sum` and `loss_bin/K/count` of losses [B] at times [B]; no bins, no entries."""
+    if not bins:
+        return {}
+    inside = bin_of(times, bins)[:, None] == jnp.arange(bins)[None]  # [B, bins]
+    sums = jnp.where(inside, losses[:, None], 0.0).sum(0)
+    counts = inside.sum(0).astype(jnp.float32)
+    return {f"loss_bin/{k}/sum": sums[k] for k in range(bins)} | {
+        f"loss_bin/{k}/count": counts[k] for k in range(bins)
+    }
 
 
 def make_step(
@@ -90,13 +127,24 @@ def make_step(
     ema: ema_lib.Config,
     mesh: Mesh,
     shardings: TrainState,
+    accumulate: int = 1,
 ) -> Step:
-    """Gradient, update and moving average of one step; the state is donated."""
+    """Gradient, update and moving average of one step; the state is donated.
+
+    The gradient is taken in `accumulate` micro-batches, one after the other. Where the loss or the
+    gradient is not finite, nothing changes but the step's number, and the metric `skipped` is 1.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         with use_mesh(mesh):
-            gradient = jax.value_and_grad(loss, has_aux=True)
-            (value, parts), grads = gradient(state.params, batch, state.step)
+            (value, parts), grads = value_and_grad(
+                loss,
+                state.params,
+                batch,
+                state.step,
+                count=accumulate,
+                shardings=shardings.params,
+            )
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
             average = state.ema
@@ -106,9 +154,11 @@ def make_step(
                 "loss": value,
                 **parts,
                 "grad_norm": optax.tree.norm(grads),
-                "lr": jnp.asarray(learning_rate(state.step), jnp.float32),
+                "lr": jnp.asarray(learning_rate(updates_done(state.opt_state)), jnp.float32),
             }
-            return TrainState(state.step + 1, params, average, opt_state), metrics
+            new = TrainState(state.step + 1, params, average, opt_state)
+            new, metrics["skipped"] = keep_finite(state, new, value, metrics["grad_norm"])
+            return new, metrics
 
     return jax.jit(
         step,

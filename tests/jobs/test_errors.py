@@ -215,7 +215,8 @@ def test_a_damaged_run_json_is_refused(capsys, copy):
 
 
 def test_a_diverged_loss_stops_the_run_before_it_is_saved(capsys, tmp_path):
-    arguments = [*AUTOENCODER, "--config.optim.lr=1e30", f"--workdir={tmp_path / 'w'}"]
+    diverging = ["--config.optim.lr=1e30", "--config.max_bad_steps=0"]
+    arguments = [*AUTOENCODER, *diverging, f"--workdir={tmp_path / 'w'}"]
     assert "training has diverged" in refused(capsys, arguments)
     assert not list((tmp_path / "w" / "checkpoints").glob("[0-9]*"))
 

@@ -67,7 +67,9 @@ def theirs(kind):
     if kind == "kl":
         mean, logvar = model.encode(x).latent_dist.parameters.chunk(2, 1)
         like = jax.ShapeDtypeStruct((3, SIDE // 2, SIDE // 2, 3), np.float32)
-        noise = reference.to_torch(normal_like(draw_keys(SEED, "posterior", STEP, 3), like))
+        noise = reference.to_torch(
+            normal_like(draw_keys(SEED, "posterior", STEP, np.arange(3)), like)
+        )
         logvar = logvar.clamp(-30, 20)
         x_hat = model.decode(mean + torch.exp(0.5 * logvar) * noise).sample
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3))

@@ -51,7 +51,7 @@ def test_loss_sums_over_pixels_and_latents_and_averages_over_images(by_hand):
 
     x = IMAGES / 127.5 - 1.0
     mean, logvar = p * x, -p * x
-    noise = normal_like(draw_keys(3, "posterior", step, 5), jnp.zeros(x.shape))
+    noise = normal_like(draw_keys(3, "posterior", step, jnp.arange(5)), jnp.zeros(x.shape))
     error = p * (mean + np.exp(logvar / 2) * np.asarray(noise, np.float64)) - x
     kl = [0.5 * (m**2 + np.exp(v) - 1 - v).sum() for m, v in zip(mean, logvar, strict=True)]
     reconstruction = [np.abs(e).sum() for e in error]
@@ -118,7 +118,7 @@ def gradients(request):
         x = autoencoder.to_unit(IMAGES)
         z = moments = autoencoder.encode(how.model, params, x)
         if how.model.latent == "kl":
-            z = latents.sample(moments, draw_keys(3, "posterior", step, 5))
+            z = latents.sample(moments, draw_keys(3, "posterior", step, jnp.arange(5)))
             kl = latents.kl_to_standard_normal(moments).mean()
             regulariser = how.loss.kl_weight * kl / x[0].size
         else:

@@ -278,6 +278,13 @@ def test_meter_gives_f64_means_and_empties():
     assert meter.pending == []
 
 
+def test_meter_divides_sums_by_counts_and_leaves_out_what_was_not_counted():
+    meter = loop.Meter()
+    for total, count in ((3.0, 1.0), (0.0, 0.0), (5.0, 3.0)):
+        meter.add({"a/sum": total, "a/count": count, "b/sum": 0.0, "b/count": 0.0})
+    assert meter.flush() == {"a": 2.0}
+
+
 @pytest.mark.parametrize(
     "field", ["num_steps", "log_every", "checkpoint_every", "keep_checkpoints"]
 )

@@ -12,6 +12,7 @@ from ldm_jax.models import denoiser
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh, process_slice, put_batch, use_mesh
 from ldm_jax.train import steps
 from ldm_jax.train.checkpoint import Checkpoints
+from ldm_jax.train.gradient import positions
 from ldm_jax.train.log import read_metrics
 from ldm_jax.train.state import abstract_like
 from tests import tiny
@@ -137,7 +138,7 @@ def batches_and_draws(mesh, first_stage, num_steps=3):
 
         def draw(batch, step):
             with use_mesh(mesh):
-                draws = steps.denoiser_draws(3, step, batch["moments"], 2, 1000)
+                draws = steps.denoiser_draws(3, step, batch["moments"], positions(batch), 2, 1000)
                 drop = draws["uniform"] < 0.5
                 cond = {"label": batch["label"]}
                 return draws, denoiser.drop_condition(tiny.DENOISER.model, cond, drop)

@@ -107,15 +107,32 @@ def test_cosine_falls_to_the_final_fraction(warmup, fraction):
         lr=0.3, schedule="cosine", warmup_steps=warmup, final_lr_fraction=fraction
     )
     got = rates(config, steps)
-    # Position between the end of the warm-up and the end; with a warm-up the count starts at 1.
-    position = np.arange(steps) + (1 if warmup else 0)
-    share = np.clip((position - warmup) / (steps - warmup), 0, 1)
+    share = np.clip((np.arange(steps) - warmup) / (steps - warmup), 0, 1)
     want = 0.3 * (fraction + (1 - fraction) * 0.5 * (1 + np.cos(np.pi * share)))
     want[:warmup] = 0.3 * np.arange(1, warmup + 1) / max(warmup, 1)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(
         optim.learning_rate(config, steps)(steps), 0.3 * fraction, rtol=1e-5, atol=1e-8
     )
+    assert got[-1] > 0.3 * fraction  # the last update is not wasted
+
+
+def test_rsqrt_halves_after_three_times_its_steps():
+    config = optim.Config(lr=0.3, schedule="rsqrt", decay_steps=5, warmup_steps=2)
+    rate = optim.learning_rate(config, 100)
+    np.testing.assert_allclose([rate(0), rate(1), rate(2)], [0.15, 0.3, 0.3], rtol=1e-6)
+    np.testing.assert_allclose([rate(2 + 15), rate(2 + 75)], [0.15, 0.075], rtol=1e-6)
+
+
+def test_edm2_is_flat_up_to_its_steps_and_falls_with_their_root():
+    config = optim.Config(lr=0.3, schedule="edm2", decay_steps=8, warmup_steps=4)
+    rate = optim.learning_rate(config, 100)
+    np.testing.assert_allclose([rate(n) for n in range(4)], [0.075, 0.15, 0.225, 0.3], rtol=1e-6)
+    np.testing.assert_allclose([rate(8), rate(32), rate(72)], [0.3, 0.15, 0.1], rtol=1e-6)
+    without = optim.learning_rate(optim.Config(lr=0.3, schedule="edm2", decay_steps=8), 100)
+    np.testing.assert_allclose([without(0), without(32)], [0.3, 0.15], rtol=1e-6)
+    slow = optim.Config(lr=0.3, schedule="edm2", decay_steps=2, warmup_steps=16)
+    np.testing.assert_allclose(optim.learning_rate(slow, 100)(7), 0.15 * (2 / 7) ** 0.5, rtol=1e-6)
 
 
 def test_step_uses_the_rate_of_the_schedule():
@@ -123,8 +140,16 @@ def test_step_uses_the_rate_of_the_schedule():
     assert_close(trained(config), adamw(config, rates(config, 10)[:2]), rtol=1e-5)
 
 
-def test_unknown_schedule_is_refused_with_the_known_ones():
+def test_unknown_choices_are_refused_with_the_known_ones():
     with pytest.raises(
         InputError, match=r"optim schedule 'step' is unknown; choose one of .*'cosine'"
     ):
         optim.Config(schedule="step")
+    with pytest.raises(InputError, match=r"optim name 'sgd' is unknown; choose one of .*'muon'"):
+        optim.Config(name="sgd")
+    with pytest.raises(InputError, match="optim weight_decay_mask 'some' is unknown"):
+        optim.Config(weight_decay_mask="some")
+    with pytest.raises(InputError, match="optim decay_steps 0 must be at least 1"):
+        optim.Config(decay_steps=0)
+    with pytest.raises(InputError, match="'adam' has no weight decay, weight_decay is"):
+        optim.Config(name="adam", weight_decay=0.1)

@@ -29,6 +29,9 @@ def settings(stage, first_stage):
         checkpoint_every=4,
         log_every=3,  # a kill then falls inside an interval of the mean
         flip=True,
+        loss_bins=2,
+        eval_every=5,
+        eval_examples=20,  # more than a batch
         autoencoder=str(first_stage),
     )
 
@@ -84,7 +87,14 @@ def test_killed_and_resumed_equals_unbroken(stage, first_stage, tmp_path):
         assert got.tobytes() == want.tobytes(), jax.tree_util.keystr(path)
     assert without_times(broken) == without_times(tmp_path / "unbroken")
     # It learned something, and the averages are not the weights: equality above says something.
-    first, last = without_times(broken)[0], without_times(broken)[-1]
+    lines = without_times(broken)
+    first, *_, last = [line for line in lines if "loss" in line]
+    if stage == "denoiser":
+        judged = [line for line in lines if "eval/loss" in line]
+        assert [line["step"] for line in judged] == [5, 10, 12]
+        assert len({line["eval/loss"] for line in judged}) == 3
+        assert all({"eval/loss_bin/0", "eval/loss_bin/1"} < set(line) for line in judged)
+        assert 0 < last["loss_bin/1"] < last["loss_bin/0"]  # noise is told best where it is all
     assert last["loss"] < first["loss"]
     assert any(
         not np.array_equal(a, b)

@@ -114,6 +114,10 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
         "keep_checkpoints": 5,
         "keep_every": 3,
         "data_threads": 4,
+        "accumulate": 2,
+        "max_bad_steps": 3,
+        "eval_examples": 7,
+        "loss_bins": 2,
     }
     of_first_stages = {"eval_every": 5, "eval_images": 6, "init_from": "elsewhere"}
     assert set(free) | set(of_first_stages) == set(run_dir.FREE_FIELDS)

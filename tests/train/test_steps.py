@@ -18,11 +18,12 @@ SCHEDULE = make_schedule(ScheduleConfig())
 MOMENTS = np.random.default_rng(0).normal(size=(4, 2, 2, 4)).astype(np.float32)
 
 
-draw = jax.jit(steps.denoiser_draws, static_argnums=(3, 4))
+draw = jax.jit(steps.denoiser_draws, static_argnums=(4, 5))
 
 
 def draws(step=0, seed=0, rows=slice(None)):
-    return draw(np.uint32(seed), np.int32(step), MOMENTS[rows], MOMENTS.shape[-1] // 2, 1000)
+    positions, channels = np.arange(4)[rows], MOMENTS.shape[-1] // 2
+    return draw(np.uint32(seed), np.int32(step), MOMENTS[rows], positions, channels, 1000)
 
 
 def test_every_draw_has_a_key_of_its_own(monkeypatch):
@@ -30,7 +31,9 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
     asked = []
     key_for = steps.key_for
     monkeypatch.setattr(steps, "key_for", lambda *a: asked.append(a[1]) or key_for(*a))
-    d = jax.jit(lambda m: steps.denoiser_draws(0, 0, m, MOMENTS.shape[-1] // 2, 1000))(MOMENTS)
+    d = jax.jit(
+        lambda m: steps.denoiser_draws(0, 0, m, jnp.arange(4), MOMENTS.shape[-1] // 2, 1000)
+    )(MOMENTS)
     assert len(asked) == 4 == len(set(asked))
     mean, logvar = latents.split_moments(jnp.asarray(MOMENTS))
     posterior = (d["z"] - mean) / jnp.exp(logvar / 2)
@@ -38,9 +41,10 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
 
 
 def test_draws_of_a_row_depend_on_its_position_the_step_and_the_seed_alone():
-    whole, part = draws(), draws(rows=slice(0, 2))
-    for name, value in part.items():
-        np.testing.assert_allclose(value, whole[name][:2], atol=1e-6, err_msg=name)
+    whole = draws()
+    for rows in (slice(0, 2), slice(1, 4, 2)):
+        for name, value in draws(rows=rows).items():
+            np.testing.assert_allclose(value, whole[name][rows], atol=1e-6, err_msg=name)
     for other in (draws(step=1), draws(seed=1)):
         for name, value in other.items():
             assert np.all(np.asarray(value) != np.asarray(whole[name])), name
@@ -50,7 +54,7 @@ def test_draws_of_a_row_depend_on_its_position_the_step_and_the_seed_alone():
 
 def test_draws_have_their_laws():
     many = jnp.zeros((4000, 1, 1, 4)).at[..., :2].set(3.0)
-    d = jax.jit(lambda m: steps.denoiser_draws(0, 5, m, 2, 10))(many)
+    d = jax.jit(lambda m: steps.denoiser_draws(0, 5, m, jnp.arange(4000), 2, 10))(many)
     np.testing.assert_allclose(d["z"].mean(), 3.0, atol=5 / 8000**0.5)
     np.testing.assert_allclose(d["noise"].std(), 1.0, atol=5 / 16000**0.5)
     counts = np.bincount(d["t"], minlength=10)
@@ -75,8 +79,9 @@ def denoiser_loss(monkeypatch):
     monkeypatch.setattr(steps.denoiser, "apply", apply)
     whitening = latents.Whitening((0.5, -1.0), (2.0, 3.0))
 
-    def make(loss):
-        compute = steps.denoiser_loss(tiny.DENOISER.model, loss, SCHEDULE, whitening, 0)
+    def make(loss, bins=0):
+        losses = steps.denoiser_losses(tiny.DENOISER.model, loss, SCHEDULE, whitening, 0)
+        compute = steps.denoiser_loss(losses, bins)
         run = lambda batch, step: (compute(jnp.float32(0.5), batch, step), told[-1])  # noqa: E731
         run = jax.jit(run)
         return lambda labels, moments, step=0: jax.device_get(
@@ -100,6 +105,23 @@ def test_denoiser_loss_is_the_mean_error_of_the_noise_of_whitened_latents(
     np.testing.assert_allclose(told[0], z_t, atol=1e-5)
     np.testing.assert_array_equal(told[1], d["t"])
     np.testing.assert_array_equal(told[2], [1, 2, 3, 4])
+
+
+def test_losses_by_time_are_sums_and_counts_that_make_up_the_loss(denoiser_loss):
+    loss = denoiser_loss(steps.DenoiserLoss("l2", 0.0), bins=8)
+    (value, parts), told = loss([1, 2, 3, 4], MOMENTS)
+    counts = [parts[f"loss_bin/{k}/count"] for k in range(8)]
+    np.testing.assert_array_equal(counts, np.bincount(told[1] * 8 // 1000, minlength=8))
+    assert 0 in counts
+    sums = np.array([parts[f"loss_bin/{k}/sum"] for k in range(8)])
+    assert np.isfinite(sums).all() and not sums[np.array(counts) == 0].any()
+    np.testing.assert_allclose(sums.sum(), 4 * value, rtol=1e-6)
+
+
+def test_ends_of_time_lie_in_the_first_and_the_last_interval():
+    np.testing.assert_array_equal(
+        steps.bin_of(np.float32([0, 0.24, 0.25, 0.999, 1]), 4), [0, 0, 1, 3, 3]
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
