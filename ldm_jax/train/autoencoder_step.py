@@ -82,11 +82,10 @@ def make_autoencoder_step(
                     state.step,
                 )
                 metrics |= of_turn
-            average = state.ema
-            if ema.decay:
-                average = ema_lib.update(average, params, ema_lib.decay_at(ema, state.step + 1))
+            n = state.step + 1
+            main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
             metrics["lr"] = jnp.asarray(learning_rate(state.step), jnp.float32)
-            return TrainState(state.step + 1, params, average, opt_state, extra), metrics
+            return TrainState(n, params, main, opt_state, extra, averages), metrics
 
     compiled = jax.jit(
         step,

@@ -99,16 +99,15 @@ def make_step(
             (value, parts), grads = gradient(state.params, batch, state.step)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            average = state.ema
-            if ema.decay:
-                average = ema_lib.update(average, params, ema_lib.decay_at(ema, state.step + 1))
+            n = state.step + 1
+            main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
             metrics = {
                 "loss": value,
                 **parts,
                 "grad_norm": optax.tree.norm(grads),
                 "lr": jnp.asarray(learning_rate(state.step), jnp.float32),
             }
-            return TrainState(state.step + 1, params, average, opt_state), metrics
+            return TrainState(n, params, main, opt_state, state.extra, averages), metrics
 
     return jax.jit(
         step,
