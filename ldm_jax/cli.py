@@ -174,6 +174,12 @@ def _reconstruct(arguments, overrides):
     reconstruct.run(arguments.workdir, arguments.images, arguments.out, settings)
 
 
+def _ema(arguments, overrides):
+    from ldm_jax.jobs import ema
+
+    ema.run(arguments.workdir, arguments.width, arguments.step, arguments.out)
+
+
 def _demo(arguments, overrides):
     from ldm_jax.jobs import demo
 
@@ -196,6 +202,7 @@ VERBS = {
     "sample": ("draw images from a trained denoiser", _sample),
     "experiment": ("train and compare the arms of a configs/experiments file", _experiment),
     "evaluate": ("measure a trained first stage or denoiser", _evaluate),
+    "ema": ("make the average of any width from a training's snapshots", _ema),
     "weights": ("fetch or convert the published weights of a frozen network", _weights),
     "import": ("make a run directory of a first stage by diffusers or CompVis", _import),
     "export": ("write a first stage for diffusers", _export),

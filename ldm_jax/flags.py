@@ -46,6 +46,7 @@ def make_parser(
         "--num", type=int, default=0, help="samples (1000) or held-out images (10000) to measure"
     )
     verbs["sample"].add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
+    _add_averaging(verbs["ema"])
     _add_weights(verbs["weights"])
     verbs["import"].add_argument(
         "--from",
@@ -80,6 +81,19 @@ def _add_common(verb: argparse.ArgumentParser, workdir_default: str | None) -> N
     group.add_argument("--process-id", type=int)
     group.add_argument(
         "--distributed", action="store_true", help="join as the cluster says (TPU pods, SLURM, GKE)"
+    )
+
+
+def _add_averaging(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--width", type=float, required=True, help="sigma_rel, a share of the training, as 0.12"
+    )
+    verb.add_argument("--step", type=int, default=-1, help="as of it (default: the last snapshot)")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="new run directory (default: WORKDIR/ema/width-WIDTH-stepSTEP)",
     )
 
 
@@ -122,5 +136,9 @@ def _add_sampling(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--noise", default="", metavar="FILE.npy", help="initial noise f32 [N,H,W,C]")
     verb.add_argument("--batch-size", type=int, default=0, help="images at a time over all devices")
-    verb.add_argument("--weights", default="auto", choices=["auto", "ema", "params"])
+    verb.add_argument(
+        "--weights",
+        default="auto",
+        help="auto, params, ema, or ema-NAME of another average, as ema-0.999 or ema-power-0.05",
+    )
     verb.add_argument("--step", type=int, default=-1, help="checkpoint (default: the newest)")

@@ -46,7 +46,7 @@ class Settings:
     seed: int = 0
     noise: str = ""  # .npy f32 [N,H,W,C] of initial noise; empty = drawn from the seed
     batch_size: int = 0  # images at a time over all devices; 0 = min(num, 100), rounded up to fit
-    weights: str = "auto"  # "ema" | "params" | "auto": the average when there is one
+    weights: str = "auto"  # "ema" | "params" | "ema-NAME" | "auto": the average when there is one
     step: int = -1  # checkpoint; -1 = the newest
 
 

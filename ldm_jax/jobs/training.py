@@ -18,7 +18,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.jobs.settings import Run, loop_config
 from ldm_jax.keys import key_for
 from ldm_jax.sharding import process_slice
-from ldm_jax.train import loop
+from ldm_jax.train import ema, loop
 from ldm_jax.train.state import TrainState, init_state
 from ldm_jax.train.steps import Step
 
@@ -69,20 +69,28 @@ def fit(
         optimizer,
         mesh,
         with_ema=run.ema.decay > 0,
+        averages=ema.average_names(run.ema),
         init_extra=init_extra,
         extra_axes=extra_axes,
     )
     if start_from is not None:
+        copy = lambda p: jax.tree.map(jnp.copy, p)  # noqa: E731
         begin = jax.jit(
             lambda p: (
-                jax.tree.map(jnp.copy, p),
-                jax.tree.map(jnp.copy, p) if run.ema.decay else {},
+                copy(p),
+                copy(p) if run.ema.decay else {},
                 init_extra(p) if init_extra else {},
+                {name: copy(p) for name in shardings.averages},
             ),
-            out_shardings=(shardings.params, shardings.ema, shardings.extra),
+            out_shardings=(
+                shardings.params,
+                shardings.ema,
+                shardings.extra,
+                shardings.averages,
+            ),
         )
-        params, ema, extra = begin(start_from)
-        state = dataclasses.replace(state, params=params, ema=ema, extra=extra)
+        params, main, extra, averages = begin(start_from)
+        state = dataclasses.replace(state, params=params, ema=main, extra=extra, averages=averages)
     if jax.process_index() == 0:
         overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
         print(overview, file=sys.stderr)
@@ -105,4 +113,5 @@ def fit(
         batch_size=run.batch_size,
         mesh=mesh,
         evaluate=evaluate,
+        snapshot_every=run.ema.snapshot_every,
     )

@@ -104,12 +104,11 @@ def make_autoencoder_step(
                     state.step,
                 )
                 metrics |= of_turn
-            average = state.ema
-            if ema.decay:
-                average = ema_lib.update(average, params, ema_lib.decay_at(ema, state.step + 1))
+            n = state.step + 1
+            main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
             done = updates_done(state.opt_state)
             metrics["lr"] = jnp.asarray(learning_rate(done), jnp.float32)
-            new = TrainState(state.step + 1, params, average, opt_state, extra)
+            new = TrainState(n, params, main, opt_state, extra, averages)
             judged = [value, metrics["grad_norm"]]
             if adversary is not None:
                 judged.append(optax.tree.norm(extra["discriminator"]["params"]))

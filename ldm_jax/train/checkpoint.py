@@ -1,7 +1,8 @@
 """Checkpoints through orbax: written in the background, restored on any mesh, never half there.
 
-One folder per step holds the items `params`, `ema` (when an average is kept), `optimizer`, `extra`
-(when the training carries more) and `meta` (JSON), so that a later job can read one of them alone.
+One folder per step holds the items `params`, `ema` (when an average is kept), `ema-NAME` (of each
+average beside it), `optimizer`, `extra` (when the training carries more) and `meta` (JSON), so that
+a later job can read one of them alone.
 """
 
 import dataclasses
@@ -66,14 +67,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave(state.opt_state),
-            "meta": ocp.args.JsonSave({**meta, "step": step}),
-        }
-        for name in ("ema", "extra"):
-            if getattr(state, name):
-                items[name] = ocp.args.StandardSave(getattr(state, name))
+        items: dict[str, Any] = {n: ocp.args.StandardSave(x) for n, x in _trees(state).items()}
+        items["meta"] = ocp.args.JsonSave({**meta, "step": step})
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise RuntimeError(f"checkpoint of step {step} was not written to {self.folder}")
         if jax.process_index() == 0 and len(self._manager.all_steps()) > 1:
@@ -84,20 +79,19 @@ class Checkpoints:
 
         Raises InputError when the checkpoint lacks an item or holds one of another shape.
         """
-        trees = {"params": like.params, "optimizer": like.opt_state}
-        trees |= {n: getattr(like, n) for n in ("ema", "extra") if getattr(like, n)}
-        restored = self._restore(step, trees, with_meta=True)
+        restored = self._restore(step, _trees(like), with_meta=True)
         state = TrainState(
             step=jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding),
             params=restored["params"],
             ema=restored["ema"] if like.ema else {},
             opt_state=restored["optimizer"],
             extra=restored["extra"] if like.extra else {},
+            averages={name: restored[f"ema-{name}"] for name in like.averages},
         )
         return state, dict(restored["meta"])
 
     def restore_item(self, step: int, name: str, like: Any) -> Any:
-        """One item, `params` or `ema`, placed as `like` says."""
+        """One item, `params`, `ema` or `ema-NAME`, placed as `like` says."""
         return self._restore(step, {name: like})[name]
 
     def items(self, step: int) -> set[str]:
@@ -155,6 +149,13 @@ class Checkpoints:
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
 
 
+def _trees(state: TrainState) -> dict[str, Any]:
+    """The items of arrays of a state, by name; empty ones are not written."""
+    trees = {"params": state.params, "optimizer": state.opt_state}
+    trees |= {name: getattr(state, name) for name in ("ema", "extra") if getattr(state, name)}
+    return trees | {f"ema-{name}": tree for name, tree in state.averages.items()}
+
+
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     """Path -> shape. Named tuples are stored by field or index: only keys' texts count."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -182,14 +183,14 @@ class Weights:
 
     params: Any
     step: int
-    which: str  # "ema" | "params"
+    which: str  # "ema" | "params" | "ema-NAME"
 
 
 def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = None) -> Weights:
     """Parameters of a finished or running training, for sampling, caching and evaluation.
 
-    `like` gives shapes and shardings; `which` is "ema" or "params". Raises InputError when the
-    checkpoint lacks them: one never stands in for the other.
+    `like` gives shapes and shardings; `which` is "ema", "params" or "ema-NAME". Raises InputError
+    when the checkpoint lacks them: one never stands in for the other.
     """
     nothing = InputError(f"workdir {workdir} holds no checkpoint; train it first")
     if not (Path(workdir) / "checkpoints").is_dir():
@@ -201,6 +202,12 @@ def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = Non
             raise nothing
         if not (checkpoints.folder / str(step)).is_dir():
             raise InputError(f"workdir {workdir} holds no checkpoint of step {step}")
+        known = {n for n in checkpoints.items(step) if n == "params" or n.startswith("ema")}
+        if which not in {"params", "ema", *known}:
+            raise InputError(
+                f"workdir {workdir} holds no weights {which!r} at step {step}; it has "
+                f"{sorted(known)}"
+            )
         return Weights(checkpoints.restore_item(step, which, like), step, which)
     finally:
         checkpoints.close()

@@ -20,6 +20,7 @@ from ldm_jax.sharding import put_batch
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.log import make_writer
 from ldm_jax.train.meter import Meter
+from ldm_jax.train.snapshots import Snapshots
 from ldm_jax.train.state import TrainState, abstract_like
 from ldm_jax.train.steps import Step
 
@@ -87,6 +88,7 @@ def train(
     batch_size: int,
     mesh: Mesh,
     evaluate: Evaluate | None = None,
+    snapshot_every: int = 0,
 ) -> TrainState:
     """Runs to `num_steps`, from the newest checkpoint in `workdir` when there is one.
 
@@ -94,6 +96,8 @@ def train(
     data position is the step and nothing else. Raises whatever the data raises, after saving the
     last complete step; exits with 128 + signal when asked to stop, likewise. Every process calls
     `evaluate`; its figures are a line of their own, written before the checkpoint of their step.
+    Power-function averages are kept in `ema/snapshots` every `snapshot_every` steps, 0 = never, and
+    at the end.
     """
     is_main = jax.process_index() == 0
     lock = lock_workdir(workdir) if is_main else None
@@ -109,6 +113,7 @@ def train(
         jax.tree.map(lambda x: x.delete(), state)  # two states would not fit where one just does
         state, meta = checkpoints.restore(start, like)
         meter = Meter(meta["pending_metrics"], meta.get("skipped_in_a_row", 0))
+    snapshots = Snapshots(workdir) if snapshot_every else None
     writer = make_writer(workdir, resume_step=start, is_main=is_main)
     save = lambda: checkpoints.save(state, meter.content())  # noqa: E731
     bar = _progress(name, start, config.num_steps, is_main)
@@ -137,8 +142,9 @@ def train(
                 stopping = bool(stop.signal) or checkpoints.reached_preemption(done)
                 last = done == config.num_steps
                 saving = stopping or owed or done % config.checkpoint_every == 0 or last
+                keeping = snapshots and (done % snapshot_every == 0 or last)
                 due = config.eval_every and (done % config.eval_every == 0 or last)
-                if saving or (evaluate and due):
+                if saving or keeping or (evaluate and due):
                     _record(late, meter, done, config, writer, clock, clock_step, batch_size)
                     late = None
                 if evaluate and due:
@@ -150,9 +156,13 @@ def train(
                             save()  # what was trained outlives a fault in judging it
                         raise
                     clock += time.perf_counter() - began  # no part of the images per second
+                if snapshots and keeping:
+                    snapshots.save(state)
                 # What cannot take a step may be past mending: the last good checkpoint stays.
                 owed = bool(saving and meter.skipped_in_a_row and not (stopping or last))
                 if saving and not owed:
+                    if snapshots:
+                        snapshots.wait()  # else a kill could leave a gap that no resume fills
                     save()
                 elif jax.default_backend() == "cpu":
                     # Fake devices share one thread pool; two steps in flight can starve each other.
@@ -164,6 +174,8 @@ def train(
                     raise SystemExit(128 + (stop.signal or signal.SIGTERM))
     finally:
         bar.close()
+        if snapshots:
+            snapshots.close()
         checkpoints.wait()
         checkpoints.close()
         writer.close()

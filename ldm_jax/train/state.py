@@ -1,7 +1,7 @@
 """What a training run carries from step to step: data only; functions come by closure."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from ldm_jax.sharding import param_shardings, replicated, state_shardings, use_m
 class TrainState:
     """Everything is f32 except `step`; `ema` is an empty dict when no average is kept.
 
+    `averages` are those beside it, by name (train/ema.py).
     `extra` is what a training carries besides its model: the discriminator of a first stage with
     its optimizer, the counts of a codebook. Empty for most.
     """
@@ -26,6 +27,7 @@ class TrainState:
     ema: Any
     opt_state: Any
     extra: Any = dataclasses.field(default_factory=dict)
+    averages: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def init_state(
@@ -35,23 +37,26 @@ def init_state(
     mesh: Mesh,
     *,
     with_ema: bool,
+    averages: Sequence[str] = (),
     init_extra: Callable[[Any], Any] | None = None,
     extra_axes: Any = (),
 ) -> tuple[TrainState, TrainState]:
     """A fresh state, made sharded on the mesh, and the tree of its shardings.
 
-    `axes` has the structure of the parameters; optimizer moments and EMA take their shardings from
-    it. `init_extra(params)` makes `extra`, whose shardings come from `extra_axes`. No device ever
-    holds a whole copy of what the mesh shards.
+    `axes` has the structure of the parameters; optimizer moments and averages take their shardings
+    from it. `averages` names those beside the main one. `init_extra(params)` makes `extra`, whose
+    shardings come from `extra_axes`. No device ever holds a whole copy of what the mesh shards.
     """
 
     def init() -> TrainState:
         with use_mesh(mesh):
             params = init_params()
-        # A copy: the state is donated, and one buffer may not be donated twice.
-        ema = jax.tree.map(jnp.copy, params) if with_ema else {}
         extra = init_extra(params) if init_extra else {}
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params), extra)
+        # Copies: the state is donated, and one buffer may not be donated twice.
+        copy = lambda: jax.tree.map(jnp.copy, params)  # noqa: E731
+        step, main = jnp.zeros((), jnp.int32), copy() if with_ema else {}
+        others = {name: copy() for name in averages}
+        return TrainState(step, params, main, optimizer.init(params), extra, others)
 
     shapes = jax.eval_shape(init)
     shardings: Any = TrainState(
@@ -60,6 +65,7 @@ def init_state(
         param_shardings(axes, shapes.ema, mesh) if with_ema else {},
         state_shardings(shapes.opt_state, axes, mesh),
         state_shardings(shapes.extra, extra_axes, mesh),
+        {name: param_shardings(axes, tree, mesh) for name, tree in shapes.averages.items()},
     )
     return jax.jit(init, out_shardings=shardings)(), shardings
 

@@ -147,16 +147,15 @@ def make_step(
             )
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            average = state.ema
-            if ema.decay:
-                average = ema_lib.update(average, params, ema_lib.decay_at(ema, state.step + 1))
+            n = state.step + 1
+            main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
             metrics = {
                 "loss": value,
                 **parts,
                 "grad_norm": optax.tree.norm(grads),
                 "lr": jnp.asarray(learning_rate(updates_done(state.opt_state)), jnp.float32),
             }
-            new = TrainState(state.step + 1, params, average, opt_state)
+            new = TrainState(n, params, main, opt_state, state.extra, averages)
             new, metrics["skipped"] = keep_finite(state, new, value, metrics["grad_norm"])
             return new, metrics
 

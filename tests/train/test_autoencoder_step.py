@@ -11,7 +11,7 @@ from ldm_jax.data import images
 from ldm_jax.jobs.train_autoencoder import optimizers
 from ldm_jax.models import autoencoder, discriminator, quantizer
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh, put_batch
-from ldm_jax.train import adversarial, optim
+from ldm_jax.train import adversarial, ema, optim
 from ldm_jax.train.autoencoder_step import make_autoencoder_step, start_extra
 from ldm_jax.train.state import init_state
 from tests import tiny
@@ -31,7 +31,7 @@ def start(run):
         extra_axes=adversarial.axes(run.adversarial, 3),
     )
     learning_rate = optim.learning_rate(run.optim, run.num_steps)
-    no_ema = dataclasses.replace(run.ema, decay=0.0)
+    no_ema = ema.Config(decay=0.0)
     step = make_autoencoder_step(
         run.recipe, optimizer, of_discriminator, learning_rate, no_ema, mesh, shardings, None
     )

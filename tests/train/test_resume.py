@@ -46,6 +46,12 @@ def without_times(workdir):
     return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
 
 
+def kept(workdir):
+    """(step, name) of every snapshot."""
+    folder = workdir / "ema" / "snapshots"
+    return sorted(p.relative_to(folder).parts[:2] for p in folder.glob("*/power-*"))
+
+
 def kill_in_the_middle(stage, first_stage, workdir):
     """Starts the same training in a process of its own and ends it with SIGKILL at step 6 or 7."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
@@ -86,6 +92,7 @@ def test_killed_and_resumed_equals_unbroken(stage, first_stage, tmp_path):
         got, want = np.asarray(got), np.asarray(want)
         assert got.tobytes() == want.tobytes(), jax.tree_util.keystr(path)
     assert without_times(broken) == without_times(tmp_path / "unbroken")
+    assert kept(broken) == kept(tmp_path / "unbroken")
     # It learned something, and the averages are not the weights: equality above says something.
     lines = without_times(broken)
     first, *_, last = [line for line in lines if "loss" in line]
