@@ -9,7 +9,8 @@ import numpy as np
 
 from ldm_jax.data import latent_cache
 from ldm_jax.data.latent_manifest import Manifest
-from ldm_jax.diffusion import process
+from ldm_jax.diffusion import objective
+from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.jobs.settings import DenoiserRun
@@ -29,6 +30,8 @@ def run(
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.batch_size, mesh)
     config = resolve_paths(config)
+    process = make_process(config.process)
+    objective.check(process, config.objective)
     first_stage = load_first_stage(config.autoencoder, mesh)
     cache = latent_cache.open_cache(
         Path(config.latents) / "train", expect={"encoder_hash": first_stage.encoder_hash}
@@ -55,8 +58,9 @@ def run(
         "latent_shape": list(manifest.latent_shape),
         "whitening": {"shift": list(whitening.shift), "scale": list(whitening.scale)},
     }
-    schedule = process.make_schedule(config.schedule)
-    loss = denoiser_loss(config.model, config.loss, schedule, whitening, config.seed)
+    loss = denoiser_loss(
+        config.model, config.loss, process, whitening, config.seed, config.objective
+    )
     needed = {"moments", *denoiser.condition_names(config.model)}
     shapes = {
         "moments": jax.ShapeDtypeStruct((config.batch_size, *manifest.moments_shape), "float32"),

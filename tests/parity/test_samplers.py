@@ -15,13 +15,15 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.schedulers import scheduling_ddpm
 
 from ldm_jax.diffusion import samplers
-from ldm_jax.diffusion.process import ScheduleConfig, make_schedule
+from ldm_jax.diffusion.grid import make_grid, uniform_grid
+from ldm_jax.diffusion.parameterisation import predictor
+from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.keys import example_keys, key_for, normal_like
 from tests.parity import reference
 
 pytestmark = pytest.mark.parity
 
-SCHEDULE = make_schedule(ScheduleConfig())
+PROCESS = make_process(ProcessConfig())
 Z_T = reference.draw(0, 3, 4, 4, 2)
 KEYS = example_keys(key_for(0, "sampler"), jnp.arange(3))
 BETAS = dict(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195, clip_sample=False)
@@ -32,7 +34,7 @@ def denoiser(xp, z_t, t):
     return z_t * (t / 1000) + 0.1 * xp.sin(3 * z_t + t / 150)
 
 
-def our_trajectory(sampler, **options):
+def our_trajectory(sampler, num_steps, **options):
     """The states [S + 1, B, H, W, C] of a sampler, and the timesteps [S] that it visits."""
     states, times = [], []
 
@@ -44,7 +46,8 @@ def our_trajectory(sampler, **options):
         jax.debug.callback(record, t[0], z_t, ordered=True)
         return denoiser(jnp, z_t, t[0].astype(jnp.float32))
 
-    z0 = jax.jit(lambda z: sampler(watched, SCHEDULE, z, None, KEYS, **options))(Z_T)
+    grid, predict = make_grid(PROCESS, num_steps), predictor(PROCESS, "eps", watched)
+    z0 = jax.jit(lambda z: sampler(predict, grid, z, None, KEYS, **options))(Z_T)
     jax.effects_barrier()
     return np.stack([*states, z0]), times
 
@@ -123,12 +126,12 @@ def test_ending_at_the_data_instead_of_the_first_timestep_is_caught():
 
 def test_schedule_is_the_reference():
     theirs = ddim_scheduler().alphas_cumprod.numpy()
-    np.testing.assert_allclose(SCHEDULE.alpha_bar, theirs, rtol=1e-5)
+    np.testing.assert_allclose(PROCESS.alpha_bar, theirs, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_steps", [s for s in range(1, 1000) if 1000 % s == 0])
 def test_timesteps_are_the_reference_where_steps_divide_the_schedule(num_steps):
     scheduler = ddim_scheduler()
     scheduler.set_timesteps(num_steps)
-    grid = samplers.uniform_grid(1000, num_steps)[::-1]
+    grid = uniform_grid(1000, num_steps)[::-1]
     np.testing.assert_array_equal(grid, scheduler.timesteps.numpy())
