@@ -9,12 +9,25 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from ldm_jax.diffusion.samplers.heun import edm, heun
 from ldm_jax.diffusion.samplers.loop import Known
-from ldm_jax.diffusion.samplers.single_step import ddim, ddpm
+from ldm_jax.diffusion.samplers.multistep import dpmpp_1s, dpmpp_2m, dpmpp_2m_sde, plms
+from ldm_jax.diffusion.samplers.single_step import ddim, ddpm, euler, euler_ancestral, sde_flow
+from ldm_jax.diffusion.samplers.unipc import unipc
 
 SAMPLERS: dict[str, Callable[..., Any]] = {
     "ddpm": ddpm,
     "ddim": ddim,
+    "plms": plms,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "edm": edm,
+    "dpmpp_1s": dpmpp_1s,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+    "sde_flow": sde_flow,
 }
 
 
@@ -24,4 +37,20 @@ def options(name: str) -> tuple[str, ...]:
     return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
 
 
-__all__ = ["SAMPLERS", "Known", "ddim", "ddpm", "options"]
+__all__ = [
+    "SAMPLERS",
+    "Known",
+    "ddim",
+    "ddpm",
+    "dpmpp_1s",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "edm",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "options",
+    "plms",
+    "sde_flow",
+    "unipc",
+]

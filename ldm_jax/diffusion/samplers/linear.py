@@ -52,7 +52,7 @@ def walk(
         if used["of_noise"]:
             noise = loop.step_noise(keys, step.index, z_t)
             terms.append(temperature * of["of_noise"] * noise)
-        return sum(terms).astype(z_t.dtype), x0, tuple(remembered)
+        return jnp.asarray(sum(terms), z_t.dtype), x0, tuple(remembered)
 
     places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
     return loop.scan(body, places, z_T, keys, (past, past), vars(plan), **options)

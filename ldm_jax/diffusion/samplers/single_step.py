@@ -64,6 +64,67 @@ def ddpm(
     return walk(predict, grid, steps, z_T, cond, keys, temperature, **options)
 
 
+def euler(
+    predict: Predict, grid: Grid, z_T: jax.Array, cond: Any, keys: jax.Array, **options: Any
+) -> Any:
+    """z0 by Euler's method on dz = x0 d alpha + eps d sigma, or on its multiple by 1 / alpha.
+
+    For every process that is DDIM at eta 0; on the straight path it is Euler's method in t.
+    """
+    return ddim(predict, grid, z_T, cond, keys, **options)
+
+
+def euler_ancestral(
+    predict: Predict,
+    grid: Grid,
+    z_T: jax.Array,
+    cond: Any,
+    keys: jax.Array,
+    *,
+    eta: float = 1.0,
+    temperature: float | jax.Array = 1.0,
+    **options: Any,
+) -> Any:
+    """z0 by Euler steps to below each noise level and noise up to it: DDIM, in k-diffusion's words.
+
+    Its sigma_up and sigma_down for z / alpha are DDIM's noise and direction, with eta 1 by default.
+    """
+    return ddim(predict, grid, z_T, cond, keys, eta=eta, temperature=temperature, **options)
+
+
+def sde_flow(
+    predict: Predict,
+    grid: Grid,
+    z_T: jax.Array,
+    cond: Any,
+    keys: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    **options: Any,
+) -> Any:
+    """z0 by Euler-Maruyama on the reverse SDE with diffusion 2 sigma; its last step draws nothing.
+
+    dz = (dz/dt + eps) dt + sqrt(2 sigma) dW, backwards in t (SiT eq. 4, w = 2 sigma). Its grid is
+    spacing "last_step". Raises InputError for a discrete process.
+    """
+    if grid.process.discrete:
+        raise InputError(
+            f"sampler 'sde_flow' needs a continuous time, not {grid.process.config.kind!r}; "
+            "use 'ddpm'"
+        )
+    dt = np.diff(grid.times)
+    of_noise = np.sqrt(2 * grid.sigma[:-1] * -dt)
+    of_noise[-1] = 0
+    steps = plan(
+        grid,
+        of_z=1.0,
+        of_x0=np.diff(grid.alpha),
+        of_eps=np.diff(grid.sigma) + dt,
+        of_noise=of_noise,
+    )
+    return walk(predict, grid, steps, z_T, cond, keys, temperature, **options)
+
+
 def squared_ratio(grid: Grid) -> np.ndarray:
     """[S]: exp(2 (lambda_s - lambda_t)) of steps s -> t, the share of old noise; 0 to 1."""
     ratio = (grid.alpha[:-1] * grid.sigma[1:]) / (grid.sigma[:-1] * grid.alpha[1:])
