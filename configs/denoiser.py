@@ -55,7 +55,7 @@ def _published(
             },
         }
     )
-    c.schedule = ml_collections.ConfigDict({"beta_start": 0.0015, "beta_end": 0.0195})
+    c.process = ml_collections.ConfigDict({"beta_start": 0.0015, "beta_end": 0.0195})
     # The share of dropped labels was not published; 0.1 is what the field uses.
     c.loss = ml_collections.ConfigDict({"label_dropout": 0.1 if num_classes else 0.0})
     c.optim = ml_collections.ConfigDict({"lr": lr, "weight_decay": 0.01})

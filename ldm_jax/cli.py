@@ -132,6 +132,8 @@ def _sample_settings(arguments):
         steps=arguments.steps,
         sampler=arguments.sampler,
         eta=arguments.eta,
+        spacing=arguments.spacing,
+        temperature=arguments.temperature,
         guidance=arguments.guidance,
         classes=classes,
         seed=arguments.seed,

@@ -123,9 +123,18 @@ def _add_reconstructing(verb: argparse.ArgumentParser) -> None:
 
 def _add_sampling(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--steps", type=int, default=50, help="denoising steps")
-    verb.add_argument("--sampler", default="ddim", help="ddim or ddpm")
+    verb.add_argument("--sampler", default="ddim", help="ddim, ddpm, dpmpp_2m, heun, ...")
     verb.add_argument(
         "--eta", type=float, default=-1.0, help="sampler's noise, 0..1 (default: its own)"
+    )
+    verb.add_argument(
+        "--spacing",
+        default="auto",
+        metavar="NAME[:NUMBER]",
+        help="of the steps: leading, trailing, karras:7, ... (default: the process' own)",
+    )
+    verb.add_argument(
+        "--temperature", type=float, default=1.0, help="multiplies the noise of the steps"
     )
     verb.add_argument(
         "--guidance", type=float, default=1.0, help="1 = conditional model only, >1 extrapolates"

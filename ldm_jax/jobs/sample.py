@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_jax.diffusion import guidance, process, samplers
+from ldm_jax.diffusion import guidance, samplers
+from ldm_jax.diffusion.grid import make_grid
+from ldm_jax.diffusion.parameterisation import predictor
+from ldm_jax.diffusion.process import at_network, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.eval.images_out import save_grid, save_npz
 from ldm_jax.jobs.first_stage import load_first_stage
@@ -40,7 +43,9 @@ class Settings:
     num: int = 16
     steps: int = 50
     sampler: str = "ddim"
-    eta: float = -1.0  # noise of the sampler; -1 = its own default (0 for ddim, 1 for ddpm)
+    eta: float = -1.0  # noise of the sampler, for those that have it; -1 = its own default
+    spacing: str = "auto"  # of the steps, as "trailing" or "karras:7"; "auto" = the process' own
+    temperature: float = 1.0  # multiplies the noise of a stochastic sampler's steps
     guidance: float = 1.0  # 1 = conditional model only, >1 extrapolates
     classes: tuple[int, ...] = ()  # sample i is of class classes[i % len]; empty = all in turn
     seed: int = 0
@@ -105,13 +110,12 @@ def check(settings: Settings, model: Model) -> Settings:
         raise InputError(
             f"sampler {settings.sampler!r} is unknown; choose one of {sorted(samplers.SAMPLERS)}"
         )
-    total = model.run.schedule.num_timesteps
-    if not 1 <= settings.steps <= total:
-        raise InputError(f"steps {settings.steps} must be in 1..{total}")
-    if settings.eta != -1 and not 0 <= settings.eta <= 1:
-        raise InputError(
-            f"eta {settings.eta} must be in [0, 1]; leave it out for the sampler's own"
-        )
+    process = make_process(model.run.process)
+    if settings.steps < 1 or (process.discrete and settings.steps > process.num_timesteps):
+        most = process.num_timesteps or "any number"
+        raise InputError(f"steps {settings.steps} must be in 1..{most}")
+    make_grid(process, settings.steps, settings.spacing)
+    sampler_options(settings)
     if not (math.isfinite(settings.guidance) and settings.guidance >= 0):
         raise InputError(
             f"guidance {settings.guidance} must be finite and not negative; 1 is the plain model"
@@ -137,11 +141,32 @@ def check(settings: Settings, model: Model) -> Settings:
                 f"class {bad[0]} is unknown; this denoiser has classes "
                 f"0..{conditioner.num_classes - 1}"
             )
-    eta = settings.eta if settings.eta >= 0 else {"ddpm": 1.0}.get(settings.sampler, 0.0)
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch = settings.batch_size or -(-min(settings.num, 100) // ways) * ways
     check_batch(batch, model.mesh)
-    return dataclasses.replace(settings, classes=classes, eta=eta, batch_size=batch)
+    return dataclasses.replace(settings, classes=classes, batch_size=batch)
+
+
+def sampler_options(settings: Settings) -> dict[str, float]:
+    """The options that the sampler is given; raises InputError for one that it does not have."""
+    if settings.eta != -1 and not 0 <= settings.eta <= 1:
+        raise InputError(
+            f"eta {settings.eta} must be in [0, 1]; leave it out for the sampler's own"
+        )
+    if not (math.isfinite(settings.temperature) and settings.temperature >= 0):
+        raise InputError(
+            f"temperature {settings.temperature} must be finite and not negative; 1 is plain"
+        )
+    asked = {"eta": (settings.eta, -1), "temperature": (settings.temperature, 1)}
+    asked = {name: value for name, (value, neutral) in asked.items() if value != neutral}
+    for name, value in asked.items():
+        if name not in samplers.options(settings.sampler):
+            having = [s for s in samplers.SAMPLERS if name in samplers.options(s)]
+            raise InputError(
+                f"{name} {value}: sampler {settings.sampler!r} has none; leave it out, or use one "
+                f"of {having}"
+            )
+    return asked
 
 
 def initial_noise(settings: Settings, model: Model) -> np.ndarray | None:
@@ -195,8 +220,9 @@ def compile_sampler(model: Model, settings: Settings):
     Seed, classes and guidance scale are traced: other values of them do not compile anew.
     """
     run, first_stage = model.run, model.first_stage.config
-    schedule = process.make_schedule(run.schedule)
-    solver = samplers.SAMPLERS[settings.sampler]
+    process = make_process(run.process)
+    grid = make_grid(process, settings.steps, settings.spacing)
+    solver, options = samplers.SAMPLERS[settings.sampler], sampler_options(settings)
     guided = settings.guidance != 1
     conditional = run.model.conditioner.kind != "none"
 
@@ -205,18 +231,18 @@ def compile_sampler(model: Model, settings: Settings):
             keys = lambda purpose: example_keys(key_for(seed, purpose), indices)  # noqa: E731
             shape = jax.ShapeDtypeStruct((indices.shape[0], *model.latent_shape), jnp.float32)
             z_T = normal_like(keys("initial_noise"), shape) if z_T is None else z_T
-            predict = lambda z_t, t, c: denoiser.apply(run.model, params, z_t, t, c)  # noqa: E731
+            network = lambda z_t, t, c: denoiser.apply(run.model, params, z_t, t, c)  # noqa: E731
+            denoise = at_network(process, network)
             if guided:
                 null = conditioners.null(run.model.conditioner, indices.shape[0])
-                predict = guidance.classifier_free(predict, scale, null)
+                denoise = guidance.classifier_free(denoise, scale, null)
             z0 = solver(
-                predict,
-                schedule,
-                z_T,
+                predictor(process, run.objective.parameterisation, denoise),
+                grid,
+                grid.start(z_T),
                 {"label": labels} if conditional else {},
                 keys("sampler_noise"),
-                num_steps=settings.steps,
-                eta=settings.eta,
+                **options,
             )
             x = autoencoder.decode(first_stage, first_stage_params, model.whitening.unwhiten(z0))
             return autoencoder.to_uint8(x)

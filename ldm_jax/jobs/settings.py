@@ -17,7 +17,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from ldm_jax.data.images import Config as ImagesConfig
-from ldm_jax.diffusion.process import ScheduleConfig
+from ldm_jax.diffusion.objective import Objective
+from ldm_jax.diffusion.process import ProcessConfig
 from ldm_jax.errors import InputError
 from ldm_jax.models.autoencoder import Config as AutoencoderConfig
 from ldm_jax.models.denoiser import Config as DenoiserConfig
@@ -129,7 +130,8 @@ class DenoiserRun:
     scale_factor: tuple[float, ...] = ()  # "fixed": (z - shift_factor) * scale_factor,
     shift_factor: tuple[float, ...] = ()  # one number or one a channel
     model: DenoiserConfig = DenoiserConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    process: ProcessConfig = ProcessConfig()
+    objective: Objective = Objective()
     loss: DenoiserLoss = DenoiserLoss()
     optim: OptimConfig = OptimConfig(weight_decay=0.01)
     ema: EmaConfig = EmaConfig()

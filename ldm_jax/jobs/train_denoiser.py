@@ -9,7 +9,8 @@ import numpy as np
 
 from ldm_jax.data import latent_cache
 from ldm_jax.data.latent_manifest import Manifest
-from ldm_jax.diffusion import process
+from ldm_jax.diffusion import objective
+from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import denoiser_evaluation
 from ldm_jax.jobs.first_stage import load_first_stage
@@ -30,6 +31,8 @@ def run(
     mesh = make_mesh(config.mesh, devices)
     check_batch(config.batch_size, mesh, parts=config.accumulate)
     config = resolve_paths(config)
+    process = make_process(config.process)
+    objective.check(process, config.objective)
     first_stage = load_first_stage(config.autoencoder, mesh)
     cache = latent_cache.open_cache(
         Path(config.latents) / "train", expect={"encoder_hash": first_stage.encoder_hash}
@@ -56,9 +59,8 @@ def run(
         "latent_shape": list(manifest.latent_shape),
         "whitening": {"shift": list(whitening.shift), "scale": list(whitening.scale)},
     }
-    schedule = process.make_schedule(config.schedule)
     losses = lambda loss, seed: denoiser_losses(  # noqa: E731
-        config.model, loss, schedule, whitening, seed
+        config.model, loss, process, whitening, seed, config.objective
     )
     loss = denoiser_loss(losses(config.loss, config.seed), config.loss_bins)
     needed = {"moments", *denoiser.condition_names(config.model)}

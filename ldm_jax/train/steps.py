@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from ldm_jax.diffusion import objective
-from ldm_jax.diffusion.process import Schedule
+from ldm_jax.diffusion import noise_levels, objective
+from ldm_jax.diffusion.process import Process, at_network
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
 from ldm_jax.models import denoiser, latents
@@ -51,18 +51,19 @@ def denoiser_draws(
     moments: jax.Array,
     rows: jax.Array,
     channels: int,
-    num_timesteps: int,
+    draw_times: Callable[[jax.Array], jax.Array],
 ) -> dict[str, jax.Array]:
     """Every random draw of one denoiser step, from the rows' positions [B] in the global batch.
 
-    moments [B,h,w,2C or C] -> z [B,h,w,C] (unwhitened), noise like z, t int32 [B], uniform f32 [B].
+    moments [B,h,w,2C or C] -> z [B,h,w,C] (unwhitened), noise like z, t = draw_times(keys) [B],
+    uniform f32 [B].
     """
     keys = lambda purpose: draw_keys(seed, purpose, step, rows)  # noqa: E731
     z = latents.draw(moments, keys("posterior"), channels)
     return {
         "z": z,
         "noise": constrain(normal_like(keys("noise"), z), "batch", "height", "width", "channels"),
-        "t": objective.uniform_timesteps(keys("timestep"), num_timesteps),
+        "t": draw_times(keys("timestep")),
         "uniform": jax.vmap(jax.random.uniform)(keys("condition_dropout")),
     }
 
@@ -70,25 +71,29 @@ def denoiser_draws(
 def denoiser_losses(
     config: denoiser.Config,
     loss: DenoiserLoss,
-    schedule: Schedule,
+    process: Process,
     whitening: latents.Whitening,
     seed: int,
+    aim: objective.Objective = objective.Objective(),
 ) -> PerExample:
     """{"moments": f32 [B,h,w,2C or C], conditions ...} -> each example's denoising loss."""
+    draw_times = lambda keys: noise_levels.draw_times(process, aim.noise_levels, keys)  # noqa: E731
 
     def compute(params, batch, step):
-        channels = len(whitening.shift)
-        draws = denoiser_draws(
-            seed, step, batch["moments"], positions(batch), channels, schedule.num_timesteps
-        )
+        channels, rows = len(whitening.shift), positions(batch)
+        draws = denoiser_draws(seed, step, batch["moments"], rows, channels, draw_times)
         cond = {name: batch[name] for name in denoiser.condition_names(config)}
         cond = denoiser.drop_condition(config, cond, draws["uniform"] < loss.label_dropout)
         z0 = whitening.whiten(draws["z"])
-        predict = lambda z_t, t, c: denoiser.apply(config, params, z_t, t, c)  # noqa: E731
+        network = lambda z_t, t, c: denoiser.apply(config, params, z_t, t, c)  # noqa: E731
+        noise = draws["noise"]
+        if aim.offset_noise:
+            keys = draw_keys(seed, "offset_noise", step, rows)
+            noise = objective.offset(aim, keys, noise)
         per_example = objective.denoising_loss(
-            predict, schedule, z0, cond, draws["t"], draws["noise"], loss.kind
+            at_network(process, network), process, z0, cond, draws["t"], noise, loss.kind, aim
         )
-        return per_example, draws["t"] / schedule.num_timesteps
+        return per_example, unit_time(process, draws["t"])
 
     return compute
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.gradient_guidance import GAINS, gradient
-from ldm_jax.diffusion.process import ScheduleConfig, make_schedule
+from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.diffusion.samplers import ddim
 from ldm_jax.keys import example_keys, key_for
 
@@ -98,7 +98,7 @@ def test_every_gain_was_tried():
 
 def test_samples_are_the_likelier_the_larger_the_scale_with_one_program():
     """By a picture's half-size likeness and by a classifier of the noisy latent."""
-    schedule = make_schedule(ScheduleConfig())
+    schedule = make_process(ProcessConfig())
     alpha, sigma = jnp.asarray(schedule.alpha), jnp.asarray(schedule.sigma)
     keys, count = example_keys(key_for(0, "sampler"), jnp.arange(3)), 0
     small = lambda x: x.mean((1, 2))  # noqa: E731

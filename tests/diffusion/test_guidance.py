@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion import guidance
+from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.guidance import classifier_free
-from ldm_jax.diffusion.process import ScheduleConfig, eps_from_z0, make_schedule, z0_from_eps
+from ldm_jax.diffusion.parameterisation import predictor
+from ldm_jax.diffusion.process import ProcessConfig, eps_from_z0, make_process, z0_from_eps
 from ldm_jax.diffusion.samplers import ddim
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for
@@ -72,7 +74,8 @@ def test_both_predictions_come_from_one_call_null_half_first():
 
 def test_sampling_compiles_once_for_every_scale_and_key():
     traces = []
-    schedule = make_schedule(ScheduleConfig())
+    process = make_process(ProcessConfig())
+    grid = make_grid(process, 5)
 
     def counted(z_t, t, cond):
         traces.append(z_t.shape)
@@ -80,8 +83,8 @@ def test_sampling_compiles_once_for_every_scale_and_key():
 
     @jax.jit
     def sample(scale, keys):
-        guided = classifier_free(counted, scale, NULL)
-        return ddim(guided, schedule, Z_T, COND, keys, num_steps=5, eta=0.5)
+        guided = predictor(process, "eps", classifier_free(counted, scale, NULL))
+        return ddim(guided, grid, Z_T, COND, keys, eta=0.5)
 
     def keys(seed):
         return example_keys(key_for(seed, "sampler"), jnp.arange(3))
@@ -92,7 +95,7 @@ def test_sampling_compiles_once_for_every_scale_and_key():
     assert all(jnp.any(jnp.abs(other - first) > 1e-3) for other in others)
 
 
-SCHEDULE = make_schedule(ScheduleConfig())
+SCHEDULE = make_process(ProcessConfig())
 CONTRAST = guidance.null_and_cond(denoiser, NULL)
 
 

@@ -5,12 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.objective import LOSSES, denoising_loss, uniform_timesteps
-from ldm_jax.diffusion.process import ScheduleConfig, make_schedule
+from ldm_jax.diffusion.noise_levels import NoiseLevels, uniform_timesteps
+from ldm_jax.diffusion.objective import (
+    LOSSES,
+    WEIGHTS,
+    Objective,
+    denoising_loss,
+    direction_error,
+    offset,
+    weight,
+)
+from ldm_jax.diffusion.parameterisation import target
+from ldm_jax.diffusion.process import ProcessConfig, corrupt, eps_from_z0, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for
 
-SCHEDULE = make_schedule(ScheduleConfig())
+PROCESS = make_process(ProcessConfig())
 T = jnp.array([0, 300, 999], jnp.int32)
 Z0 = jax.random.normal(key_for(0, "z0"), (3, 8, 8, 16))
 NOISE = jax.random.normal(key_for(0, "noise"), (3, 8, 8, 16))
@@ -18,13 +28,13 @@ NOISE = jax.random.normal(key_for(0, "noise"), (3, 8, 8, 16))
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_of_the_true_noise_is_zero(loss):
-    value = denoising_loss(lambda z_t, t, cond: NOISE, SCHEDULE, Z0, None, T, NOISE, loss)
+    value = denoising_loss(lambda z_t, t, cond: NOISE, PROCESS, Z0, None, T, NOISE, loss)
     np.testing.assert_array_equal(value, np.zeros(3))
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("l2", 1.0), ("l1", (2 / np.pi) ** 0.5)])
 def test_loss_of_the_zero_predictor_is_the_moment_of_a_normal(loss, expected):
-    value = denoising_loss(lambda z_t, t, cond: 0 * z_t, SCHEDULE, Z0, None, T, NOISE, loss)
+    value = denoising_loss(lambda z_t, t, cond: 0 * z_t, PROCESS, Z0, None, T, NOISE, loss)
     np.testing.assert_allclose(value, np.full(3, expected), rtol=0.15)
 
 
@@ -35,10 +45,10 @@ def test_loss_equals_the_formula_written_by_hand(loss, penalty):
     def denoiser(z_t, t, cond):
         return z_t * (t.reshape(3, 1, 1, 1) / 1000) + cond["shift"].reshape(3, 1, 1, 1)
 
-    value = denoising_loss(denoiser, SCHEDULE, Z0, cond, T, NOISE, loss)
+    value = denoising_loss(denoiser, PROCESS, Z0, cond, T, NOISE, loss)
     z0, noise, shift = (np.asarray(a, np.float64) for a in (Z0, NOISE, cond["shift"]))
     for row, t in enumerate([0, 300, 999]):
-        alpha_bar = SCHEDULE.alpha_bar[t]
+        alpha_bar = PROCESS.alpha_bar[t]
         z_t = alpha_bar**0.5 * z0[row] + (1 - alpha_bar) ** 0.5 * noise[row]
         expected = penalty(z_t * t / 1000 + shift[row] - noise[row]).mean()
         assert value[row] == pytest.approx(expected, rel=1e-5)
@@ -46,7 +56,7 @@ def test_loss_equals_the_formula_written_by_hand(loss, penalty):
 
 def test_loss_is_f32_when_the_denoiser_answers_in_bf16():
     value = denoising_loss(
-        lambda z_t, t, cond: NOISE.astype(jnp.bfloat16), SCHEDULE, Z0, None, T, NOISE
+        lambda z_t, t, cond: NOISE.astype(jnp.bfloat16), PROCESS, Z0, None, T, NOISE
     )
     assert value.dtype == jnp.float32
     rounding = np.asarray(NOISE.astype(jnp.bfloat16), np.float64) - np.asarray(NOISE, np.float64)
@@ -55,12 +65,12 @@ def test_loss_is_f32_when_the_denoiser_answers_in_bf16():
 
 def test_loss_refuses_a_prediction_that_would_broadcast():
     with pytest.raises(AssertionError, match=r"\(3, 8, 8, 1\)"):
-        denoising_loss(lambda z_t, t, cond: z_t[..., :1], SCHEDULE, Z0, None, T, NOISE)
+        denoising_loss(lambda z_t, t, cond: z_t[..., :1], PROCESS, Z0, None, T, NOISE)
 
 
 def test_loss_refuses_an_unknown_name():
     with pytest.raises(InputError, match=r"'huber'.*l1.*l2"):
-        denoising_loss(lambda z_t, t, cond: z_t, SCHEDULE, Z0, None, T, NOISE, "huber")
+        denoising_loss(lambda z_t, t, cond: z_t, PROCESS, Z0, None, T, NOISE, "huber")
 
 
 def test_timesteps_are_uniform():
@@ -79,3 +89,122 @@ def test_timesteps_depend_on_their_own_key_only():
     whole = uniform_timesteps(example_keys(key, jnp.arange(64)), 1000)
     some = np.array([63, 7, 8])
     np.testing.assert_array_equal(uniform_timesteps(example_keys(key, some), 1000), whole[some])
+
+
+DISCRETE, FLOW, EDM = (
+    PROCESS,
+    make_process(ProcessConfig("flow")),
+    make_process(ProcessConfig("edm")),
+)
+
+
+def weights(process, t, parameterisation, name, **fields):
+    objective = Objective(parameterisation, name, **fields)
+    return np.asarray(weight(process, objective, jnp.asarray(t)), np.float64)
+
+
+def test_min_snr_has_the_published_forms():
+    t = np.array([5, 150, 400, 900])
+    snr = DISCRETE.alpha_bar[t] / (1 - DISCRETE.alpha_bar[t])
+    kept = np.minimum(snr, 5)
+    for name, expected in (("x0", kept), ("eps", kept / snr), ("v", kept / (snr + 1))):
+        np.testing.assert_allclose(weights(DISCRETE, t, name, "min_snr"), expected, rtol=2e-4)
+    u = np.array([0.1, 0.5, 0.9])
+    expected = u**2 * np.minimum(((1 - u) / u) ** 2, 2.0)
+    got = weights(FLOW, u, "velocity", "min_snr", min_snr_gamma=2.0)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_snr_plus_one_is_the_plain_loss_of_v():
+    t = np.array([0, 500, 999])
+    np.testing.assert_allclose(weights(DISCRETE, t, "v", "snr_plus_one"), 1, rtol=1e-5)
+    snr = DISCRETE.alpha_bar[t] / (1 - DISCRETE.alpha_bar[t])
+    np.testing.assert_allclose(weights(DISCRETE, t, "x0", "snr_plus_one"), snr + 1, rtol=1e-4)
+
+
+def test_edm_weight_is_edms_and_the_plain_loss_of_its_network():
+    process, s = make_process(ProcessConfig("edm", sigma_data=0.5)), np.array([0.01, 0.5, 60.0])
+    expected = (s**2 + 0.25) / (s * 0.5) ** 2
+    np.testing.assert_allclose(weights(process, s, "x0", "edm"), expected, rtol=1e-5)
+    np.testing.assert_allclose(weights(process, s, "preconditioned", "edm"), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTS if name != "simple"])
+def test_weight_is_of_the_error_of_x0_whatever_is_predicted(name):
+    t, wrong = jnp.array([0.2, 0.5, 0.8]), Z0 + 0.3 * NOISE
+    losses = []
+    for parameterisation in ("x0", "v", "velocity", "preconditioned"):
+        z_t = corrupt(FLOW, Z0, NOISE, t)
+        eps = eps_from_z0(FLOW, z_t, wrong, t)
+        said = target(FLOW, parameterisation, wrong, eps, t)
+        objective = Objective(parameterisation, name)
+        losses.append(
+            denoising_loss(
+                lambda z, t, c, said=said: said, FLOW, Z0, None, t, NOISE, "l2", objective
+            )
+        )
+    for loss in losses[1:]:
+        np.testing.assert_allclose(loss, losses[0], rtol=1e-4)
+
+
+def test_weight_is_finite_at_both_ends():
+    zero = make_process(ProcessConfig(zero_terminal_snr=True))
+    for name in WEIGHTS:
+        for process, t in ((zero, np.array([0, 999])), (FLOW, np.array([0.0, 1.0]))):
+            assert np.isfinite(weights(process, t, "v", name)).all()
+    assert weights(zero, np.array([999]), "v", "min_snr") == pytest.approx(1)
+
+
+def test_learned_uncertainty_is_least_at_the_logarithm_of_the_loss():
+    objective = Objective("preconditioned", "edm", noise_levels=NoiseLevels("log_normal"))
+    t = jnp.array([0.1, 1.0, 10.0])
+
+    def loss(u):
+        return denoising_loss(
+            lambda z_t, t, c: 0 * z_t, EDM, Z0, None, t, NOISE, "l2", objective, lambda t: u
+        )
+
+    plain = denoising_loss(lambda z_t, t, c: 0 * z_t, EDM, Z0, None, t, NOISE, "l2", objective)
+    np.testing.assert_allclose(loss(jnp.zeros(3)), plain, rtol=1e-6)
+    slope = jax.grad(lambda u: loss(u).sum())(jnp.log(plain))
+    np.testing.assert_allclose(slope, 0, atol=1e-5)
+
+
+def test_direction_term_sees_the_direction_alone():
+    a, b = Z0, NOISE
+    np.testing.assert_allclose(direction_error(a, 3 * a), 0, atol=1e-5)
+    np.testing.assert_allclose(direction_error(a, -a), 2, atol=1e-5)
+    np.testing.assert_allclose(direction_error(a, b), direction_error(5 * a, b), atol=1e-5)
+    objective = Objective("velocity", cosine_weight=0.5)
+    t = jnp.array([0.2, 0.5, 0.8])
+    run = lambda objective: denoising_loss(  # noqa: E731
+        lambda z_t, t, c: z_t, FLOW, Z0, None, t, NOISE, "l2", objective
+    )
+    extra = run(objective) - run(Objective("velocity"))
+    z_t = corrupt(FLOW, Z0, NOISE, t)
+    np.testing.assert_allclose(extra, 0.5 * direction_error(z_t, NOISE - Z0), rtol=1e-4)
+
+
+def test_offset_noise_is_one_draw_an_example_and_channel():
+    keys = lambda: example_keys(key_for(0, "offset"), jnp.arange(400))  # noqa: E731
+    noise = jnp.zeros((400, 3, 3, 2))
+    moved = offset(Objective(offset_noise=0.2), keys(), noise)
+    assert np.all(moved == moved[:, :1, :1])
+    assert np.std(moved[:, 0, 0]) == pytest.approx(0.2, rel=0.1)
+    assert abs(np.corrcoef(moved[:, 0, 0].T)[0, 1]) < 0.2
+    assert offset(Objective(), keys(), noise) is noise
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"parameterisation": "noise"}, "parameterisation 'noise' is unknown"),
+        ({"weight": "snr"}, "weight 'snr' is unknown"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma 0.0 must be positive"),
+        ({"offset_noise": -0.1}, "offset_noise -0.1 must not be negative"),
+        ({"cosine_weight": float("nan")}, "cosine_weight nan must not be negative"),
+    ],
+)
+def test_objective_that_makes_no_sense_is_refused(fields, words):
+    with pytest.raises(InputError, match=words):
+        Objective(**fields)

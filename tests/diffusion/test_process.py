@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.process import (
-    SCHEDULES,
-    ScheduleConfig,
+    KINDS,
+    PATHS,
+    TABLES,
+    ProcessConfig,
+    at_network,
+    coefficients,
     corrupt,
     eps_from_z0,
-    make_schedule,
+    host_coefficients,
+    make_process,
+    rates,
+    time_of_ratio,
     z0_from_eps,
 )
 from ldm_jax.errors import InputError
@@ -26,11 +33,11 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", TABLES)
 def test_schedule_preserves_variance_and_decreases(kind):
-    schedule = make_schedule(ScheduleConfig(kind))
+    schedule = make_process(ProcessConfig(kind))
     assert schedule.alpha_bar.dtype == np.float64
-    assert schedule.alpha.dtype == schedule.sigma.dtype == np.float32
+    assert schedule.alpha.dtype == schedule.sigma.dtype == np.float64
     assert schedule.num_timesteps == 1000
     np.testing.assert_allclose(schedule.alpha**2 + schedule.sigma**2, 1, atol=3e-7)
     np.testing.assert_allclose(schedule.alpha, np.sqrt(schedule.alpha_bar), rtol=1e-7)
@@ -40,7 +47,7 @@ def test_schedule_preserves_variance_and_decreases(kind):
 
 @pytest.mark.parametrize(("kind", "start", "end", "first", "middle", "last", "log_snr"), PUBLISHED)
 def test_schedule_has_the_published_values(kind, start, end, first, middle, last, log_snr):
-    alpha_bar = make_schedule(ScheduleConfig(kind, 1000, start, end)).alpha_bar
+    alpha_bar = make_process(ProcessConfig(kind, 1000, start, end)).alpha_bar
     assert alpha_bar[0] == pytest.approx(first, rel=1e-9)
     assert alpha_bar[500] == pytest.approx(middle, abs=6e-4)
     assert alpha_bar[999] == pytest.approx(last, rel=1e-2)
@@ -48,7 +55,7 @@ def test_schedule_has_the_published_values(kind, start, end, first, middle, last
 
 
 def test_schedule_is_the_product_of_kept_variances():
-    schedule = make_schedule(ScheduleConfig("ldm_linear", 3, 0.01, 0.09))
+    schedule = make_process(ProcessConfig("ldm_linear", 3, 0.01, 0.09))
     np.testing.assert_allclose(schedule.alpha_bar, [0.99, 0.99 * 0.96, 0.99 * 0.96 * 0.91])
 
 
@@ -62,11 +69,14 @@ def test_schedule_is_the_product_of_kept_variances():
         ({"beta_end": 0.001}, "0.001"),
         ({"beta_end": 1.0}, "1.0"),
         ({"beta_end": float("nan")}, "nan"),
+        ({"kind": "flow", "zero_terminal_snr": True}, "zero_terminal_snr.*'flow'"),
+        ({"sigma_data": 0.0}, "sigma_data 0.0"),
+        ({"sigma_min": 90.0}, "sigma_min 90.0"),
     ],
 )
-def test_schedule_refuses_a_field_outside_its_range(fields, value):
+def test_process_refuses_a_field_outside_its_range(fields, value):
     with pytest.raises(InputError, match=value):
-        make_schedule(ScheduleConfig(**fields))
+        make_process(ProcessConfig(**fields))
 
 
 def draw(dtype):
@@ -76,19 +86,19 @@ def draw(dtype):
     return z0, noise, t
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("kind", TABLES)
 def test_conversions_invert_corrupt_in_f64(kind):
-    schedule = make_schedule(ScheduleConfig(kind))
+    schedule = make_process(ProcessConfig(kind))
     with jax.enable_x64(True):
         z0, noise, t = draw(jnp.float64)
         z_t = corrupt(schedule, z0, noise, t)
         assert z_t.dtype == jnp.float64
-        np.testing.assert_allclose(z0_from_eps(schedule, z_t, noise, t), z0, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(z0_from_eps(schedule, z_t, noise, t), z0, rtol=0, atol=1e-10)
         np.testing.assert_allclose(eps_from_z0(schedule, z_t, z0, t), noise, rtol=0, atol=1e-12)
 
 
 def test_corrupt_scales_each_example_by_its_own_timestep():
-    schedule = make_schedule(ScheduleConfig())
+    schedule = make_process(ProcessConfig())
     z0, noise, t = draw(jnp.float32)
     z_t = corrupt(schedule, z0, noise, t)
     assert z_t.dtype == jnp.float32
@@ -100,8 +110,73 @@ def test_corrupt_scales_each_example_by_its_own_timestep():
         np.testing.assert_allclose(z_t[row], expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("t", [jnp.zeros((5,), jnp.float32), jnp.zeros((), jnp.int32)])
-def test_corrupt_asserts_integer_timesteps_per_example(t):
+def test_corrupt_asserts_a_time_per_example():
     z0, noise, _ = draw(jnp.float32)
     with pytest.raises(AssertionError):
-        corrupt(make_schedule(ScheduleConfig()), z0, noise, t)
+        corrupt(make_process(ProcessConfig()), z0, noise, jnp.zeros((), jnp.int32))
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_zero_terminal_snr_ends_on_noise_and_keeps_its_start(kind):
+    plain = make_process(ProcessConfig(kind))
+    moved = make_process(ProcessConfig(kind, zero_terminal_snr=True))
+    assert moved.alpha_bar[-1] == 0 and moved.sigma[-1] == 1 and moved.ends_on_noise
+    assert moved.alpha_bar[0] == pytest.approx(plain.alpha_bar[0], rel=1e-12)
+    assert np.all(np.diff(moved.alpha_bar) < 0)
+    slopes = np.diff(moved.alpha) / np.diff(plain.alpha)
+    np.testing.assert_allclose(slopes, slopes[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_path_goes_from_data_to_noise_at_its_rates(kind):
+    process = make_process(ProcessConfig(kind))
+    t = np.linspace(0, 1, 9)
+    alpha, sigma = host_coefficients(process, t)
+    assert (alpha[0], sigma[0]) == (1, 0)
+    assert process.ends_on_noise == (kind != "edm")
+    if process.ends_on_noise:
+        assert (alpha[-1], sigma[-1]) == (0, 1)
+    with jax.enable_x64(True):
+        traced = coefficients(process, jnp.asarray(t))
+        np.testing.assert_allclose(traced, (alpha, sigma), rtol=0, atol=1e-15)
+        one = jax.jvp(lambda t: coefficients(process, t), [jnp.asarray(t)], [jnp.ones(9)])[1]
+        np.testing.assert_allclose(rates(process, jnp.asarray(t)), one, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(time_of_ratio(process, sigma[:-1] / alpha[:-1]), t[:-1], atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "ldm_linear", "flow_cosine"])
+def test_variance_is_preserved(kind):
+    process = make_process(ProcessConfig(kind))
+    t = jnp.arange(1000) if process.discrete else jnp.linspace(0, 1, 1000)
+    alpha, sigma = coefficients(process, t)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_fractional_timestep_lies_between_and_a_whole_one_is_the_table(kind):
+    process = make_process(ProcessConfig(kind))
+    whole = jnp.array([0, 1, 500, 998])
+    for ours, table in zip(
+        coefficients(process, whole.astype(float)), coefficients(process, whole), strict=True
+    ):
+        np.testing.assert_allclose(ours, table, rtol=2e-5)
+    alpha, sigma = coefficients(process, jnp.array([500.5]))
+    ratio = (process.sigma / process.alpha)[[500, 501]]
+    assert float(sigma[0] / alpha[0]) == pytest.approx(np.sqrt(ratio.prod()), rel=1e-5)
+    np.testing.assert_allclose(time_of_ratio(process, ratio), [500, 501], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_network_is_given_a_time_and_an_input_of_its_range(kind):
+    process = make_process(ProcessConfig(kind, sigma_data=0.5))
+    seen = []
+    denoiser = at_network(process, lambda z_t, t, cond: seen.append((z_t, t)) or z_t)
+    t = jnp.array([3, 900]) if process.discrete else jnp.array([0.25, 0.75])
+    z_t = jnp.ones((2, 1, 1, 1))
+    denoiser(z_t, t, None)
+    expected = t if process.discrete else 1000 * t
+    scale = np.ones(2)
+    if kind == "edm":
+        expected, scale = np.log(t) / 4, 1 / np.sqrt(0.25 + t**2)
+    np.testing.assert_allclose(seen[0][1], expected, rtol=1e-6)
+    np.testing.assert_allclose(seen[0][0][:, 0, 0, 0], scale, rtol=1e-6)

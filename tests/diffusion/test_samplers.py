@@ -1,18 +1,40 @@
 """Laws of the samplers: grids, the formulae step by step, and exact Gaussian denoisers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.process import ScheduleConfig, make_schedule
-from ldm_jax.diffusion.samplers import SAMPLERS, ddim, ddpm, uniform_grid
+from ldm_jax.diffusion.grid import DISCRETE, make_grid, uniform_grid
+from ldm_jax.diffusion.parameterisation import predictor
+from ldm_jax.diffusion.process import (
+    ProcessConfig,
+    coefficients,
+    corrupt,
+    make_process,
+    rows,
+)
+from ldm_jax.diffusion.samplers import SAMPLERS, Known, ddim, ddpm, options
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
 
-SCHEDULE = make_schedule(ScheduleConfig())
+PROCESS = make_process(ProcessConfig())
 SHAPE = (3, 4, 4, 2)
 Z_T = jax.random.normal(key_for(0, "z_T"), SHAPE)
+
+
+FLOW, EDM = make_process(ProcessConfig("flow")), make_process(ProcessConfig("edm"))
+HOME = {"sde_flow": (FLOW, "v"), "edm": (EDM, "v")}  # processes of samplers that refuse timesteps
+
+
+def draw(sampler, denoiser, z_T, cond, keys, num_steps, spacing="auto", **options):
+    name = next((name for name, entry in SAMPLERS.items() if entry is sampler), "")
+    process, parameterisation = HOME.get(name, (PROCESS, "eps"))
+    predict = predictor(process, parameterisation, denoiser)
+    grid = make_grid(process, num_steps, spacing)
+    return sampler(predict, grid, grid.start(z_T), cond, keys, **options)
 
 
 def keys_of(indices):
@@ -72,24 +94,27 @@ def test_grid_is_the_published_one_when_steps_divide_timesteps(num_steps, last):
     np.testing.assert_array_equal(uniform_grid(1000, num_steps), np.arange(1, last + 1, stride))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("process", [PROCESS, FLOW, EDM])
 @pytest.mark.parametrize("num_steps", [0, -3, 1001, 2.5, True])
-def test_sampler_refuses_a_step_count_outside_the_schedule(sampler, num_steps):
+def test_grid_refuses_a_step_count_outside_the_schedule(process, num_steps):
+    if num_steps == 1001 and not process.discrete:
+        assert make_grid(process, num_steps).num_steps == num_steps
+        return
     with pytest.raises(InputError, match=f"num_steps {num_steps}"):
-        sampler(nonlinear, SCHEDULE, Z_T, None, keys_of([0, 1, 2]), num_steps=num_steps)
+        make_grid(process, num_steps)
 
 
-@pytest.mark.parametrize(("sampler", "eta"), [(ddim, -0.1), (ddim, 1.5), (ddpm, 0.0)])
+@pytest.mark.parametrize(("sampler", "eta"), [(ddim, -0.1), (ddim, 1.5), (ddim, float("nan"))])
 def test_sampler_refuses_an_eta_it_cannot_honour(sampler, eta):
     with pytest.raises(InputError, match=f"eta {eta}"):
-        sampler(nonlinear, SCHEDULE, Z_T, None, keys_of([0, 1, 2]), num_steps=5, eta=eta)
+        draw(sampler, nonlinear, Z_T, None, keys_of([0, 1, 2]), num_steps=5, eta=eta)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 1000])
 def test_ddim_equals_an_f64_reference_step_by_step(num_steps, eta):
     keys = keys_of([0, 1, 2])
-    z0 = ddim(nonlinear, SCHEDULE, Z_T, None, keys, num_steps=num_steps, eta=eta)
+    z0 = draw(ddim, nonlinear, Z_T, None, keys, num_steps=num_steps, eta=eta)
     expected = reference(Z_T, num_steps, eta, step_noises(keys, num_steps))
     np.testing.assert_allclose(z0, expected, rtol=1e-4, atol=1e-4)
 
@@ -97,15 +122,15 @@ def test_ddim_equals_an_f64_reference_step_by_step(num_steps, eta):
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 1000])
 def test_ddpm_is_ddim_at_eta_one(num_steps):
     keys = keys_of([0, 1, 2])
-    ancestral = ddpm(nonlinear, SCHEDULE, Z_T, None, keys, num_steps=num_steps)
-    implicit = ddim(nonlinear, SCHEDULE, Z_T, None, keys, num_steps=num_steps, eta=1.0)
+    ancestral = draw(ddpm, nonlinear, Z_T, None, keys, num_steps=num_steps)
+    implicit = draw(ddim, nonlinear, Z_T, None, keys, num_steps=num_steps, eta=1.0)
     np.testing.assert_allclose(ancestral, implicit, rtol=1e-4, atol=1e-4)
 
 
 def test_ddim_at_eta_zero_draws_nothing():
     keys = keys_of([0, 1, 2])
     jaxpr = jax.make_jaxpr(
-        lambda eta: ddim(nonlinear, SCHEDULE, Z_T, None, keys, num_steps=5, eta=eta),
+        lambda eta: draw(ddim, nonlinear, Z_T, None, keys, num_steps=5, eta=eta),
         static_argnums=0,
     )
     assert "random" not in str(jaxpr(0.0))
@@ -118,17 +143,17 @@ def test_sample_depends_on_its_own_noise_condition_and_key_only(sampler):
 
     def run(rows):
         rows = np.array(rows)
-        return sampler(with_cond, SCHEDULE, Z_T[rows], cond[rows], keys_of(rows), num_steps=12)
+        return draw(sampler, with_cond, Z_T[rows], cond[rows], keys_of(rows), num_steps=12)
 
     whole = run([0, 1, 2])
     np.testing.assert_allclose(run([2, 0]), whole[np.array([2, 0])], rtol=0, atol=1e-6)
     np.testing.assert_allclose(run([1]), whole[1:2], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("sampler", [ddpm, lambda *a, **k: ddim(*a, eta=1.0, **k)])
+@pytest.mark.parametrize("sampler", [ddpm, functools.partial(ddim, eta=1.0)])
 def test_another_key_gives_another_sample(sampler):
     z0 = [
-        sampler(nonlinear, SCHEDULE, Z_T, None, keys_of(indices), num_steps=5)
+        draw(sampler, nonlinear, Z_T, None, keys_of(indices), num_steps=5)
         for indices in ([0, 1, 2], [0, 4, 2])
     ]
     moved = np.abs(np.asarray(z0[0] - z0[1])).max(axis=(1, 2, 3)) > 1e-3
@@ -144,23 +169,173 @@ def test_state_is_f32_when_the_denoiser_answers_in_bf16(sampler):
         return nonlinear(z_t, t, cond).astype(jnp.bfloat16)
 
     z_T, keys = Z_T.astype(jnp.bfloat16), keys_of([0, 1, 2])
-    z0 = sampler(low_precision, SCHEDULE, z_T, None, keys, num_steps=4)
+    z0 = draw(sampler, low_precision, z_T, None, keys, num_steps=4)
     assert z0.dtype == jnp.float32
     assert z0.shape == SHAPE
-    assert set(seen) == {(jnp.dtype("float32"), jnp.dtype("int32"), (3,))}
+    assert {z for z, _, _ in seen} == {jnp.dtype("float32")}
+    assert {t for _, t, _ in seen} < {jnp.dtype("int32"), jnp.dtype("float32")}
+    assert {shape for _, _, shape in seen} == {(3,)}
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_full_chain_ends_on_data_itself(sampler):
-    """A denoiser that knows z0 gets exactly z0 back, with no noise left over."""
+def oracle_of(process, z0):
+    def predict(z_t, t, cond):
+        alpha, sigma = (rows(c, z_t) for c in coefficients(process, t))
+        return z0, (z_t - alpha * z0) / sigma
+
+    return predict
+
+
+@pytest.mark.parametrize(
+    ("name", "process"),
+    [
+        pytest.param(name, process, id=f"{name}-{process.config.kind}")
+        for name in SAMPLERS
+        for process in ((HOME[name][0],) if name in HOME else (PROCESS, FLOW, EDM))
+    ],
+)
+def test_a_denoiser_that_knows_the_data_gets_it_back(name, process):
+    """With no noise left over, on a grid that ends on data."""
     z0 = jax.random.normal(key_for(0, "z0"), SHAPE)
-    alpha, sigma = jnp.asarray(SCHEDULE.alpha), jnp.asarray(SCHEDULE.sigma)
+    grid = make_grid(process, 20, "trailing" if process.discrete else "auto")
+    predict = oracle_of(process, z0)
+    if name == "plms" and process is FLOW:
+        with pytest.raises(InputError, match="alpha is 0"):
+            SAMPLERS[name](predict, grid, Z_T, None, keys_of([0, 1, 2]))
+        return
+    sample = SAMPLERS[name](predict, grid, grid.start(Z_T), None, keys_of([0, 1, 2]))
+    # The last step of the SDE goes by its drift, which takes eps off twice over.
+    left = 0.05 * 8 if name == "sde_flow" else 2e-5
+    np.testing.assert_allclose(sample, z0, rtol=0, atol=left)
 
-    def oracle(z_t, t, cond):
-        return (z_t - alpha[t].reshape(-1, 1, 1, 1) * z0) / sigma[t].reshape(-1, 1, 1, 1)
 
-    sample = sampler(oracle, SCHEDULE, Z_T, None, keys_of([0, 1, 2]), num_steps=1000)
+def test_full_chain_of_timesteps_ends_on_data_itself():
+    z0 = jax.random.normal(key_for(0, "z0"), SHAPE)
+    sample = ddpm(oracle_of(PROCESS, z0), make_grid(PROCESS, 1000), Z_T, None, keys_of([0, 1, 2]))
     np.testing.assert_allclose(sample, z0, rtol=0, atol=1e-5)
+
+
+def compiled(name, num_steps=6, **options):
+    """jitted (noise, keys) -> what a sampler returns in the process where it is at home."""
+    process, parameterisation = HOME.get(name, (PROCESS, "eps"))
+    predict = predictor(process, parameterisation, nonlinear)
+    grid = make_grid(process, num_steps)
+    run = lambda noise, keys, **traced: SAMPLERS[name](  # noqa: E731
+        predict, grid, grid.start(noise), None, keys, **options, **traced
+    )
+    return jax.jit(run)
+
+
+LOOPS = ("ddpm", "plms", "unipc", "heun")  # one of each body that the loop runs
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_known_values_are_kept_and_the_rest_is_sampled(name):
+    known = 5 + jax.random.normal(key_for(0, "known"), SHAPE)
+    mask = np.zeros((1, 4, 4, 1), np.float32)
+    mask[:, :2] = 1
+    run = compiled(name, 4)
+    plain = run(Z_T, keys_of([0, 1, 2]))
+    some = jax.jit(lambda mask, z, k: run(z, k, known=Known(known, mask)))
+    painted = some(mask, Z_T, keys_of([0, 1, 2]))
+    np.testing.assert_array_equal(painted[:, :2], known[:, :2])
+    np.testing.assert_allclose(painted[:, 2:], plain[:, 2:], atol=1e-5)  # it looks at no neighbour
+    nothing = some(0 * mask, Z_T, keys_of([0, 1, 2]))
+    np.testing.assert_allclose(nothing, plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_frames_are_predictions_and_change_no_sample(name):
+    plain = compiled(name)(Z_T, keys_of([0, 1, 2]))
+    z0, frames = compiled(name, every=2)(Z_T, keys_of([0, 1, 2]))
+    np.testing.assert_allclose(z0, plain, atol=1e-5)
+    assert frames.shape == (3, *SHAPE)
+    assert np.all(np.abs(frames).max(axis=(1, 2, 3, 4)) > 0)
+
+
+def test_last_frame_on_a_grid_to_the_data_is_the_sample():
+    z0, frames = SAMPLERS["ddim"](
+        predictor(FLOW, "v", nonlinear), make_grid(FLOW, 6), Z_T, None, keys_of([0, 1, 2]), every=3
+    )
+    np.testing.assert_allclose(frames[-1], z0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_memory_does_not_grow_with_the_steps(name):
+    shapes = jax.ShapeDtypeStruct((2, 16, 16, 4), jnp.float32), keys_of([0, 1])
+    peak = [
+        compiled(name, count).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+        for count in (8, 64)
+    ]
+    assert peak[1] <= peak[0] + 64 * 64  # rows of coefficients, far less than a latent a step
+
+
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if "temperature" in options(n)])
+def test_another_seed_or_temperature_does_not_compile_anew(name):
+    extra = {"eta": 1.0} if "eta" in options(name) else {}
+    run = compiled(name, **extra)
+    at = lambda seeds, temperature: run(Z_T, keys_of(seeds), temperature=temperature)  # noqa: E731
+    hot, cold, frozen = at([0, 1, 2], 1.0), at([0, 1, 2], 0.5), at([0, 1, 2], 0.0)
+    np.testing.assert_allclose(at([3, 4, 5], 0.0), frozen, atol=1e-6)
+    assert np.abs(hot - at([3, 4, 5], 1.0)).max() > 1e-3 and np.abs(hot - cold).max() > 1e-3
+    assert run._cache_size() == 1
+
+
+def test_editing_begins_at_the_noised_image():
+    grid = make_grid(PROCESS, 20).after(12)
+    z0 = jax.random.normal(key_for(0, "z0"), SHAPE)
+    state = grid.start(Z_T, z0)
+    t = jnp.full(3, grid.times[0])
+    np.testing.assert_allclose(state, corrupt(PROCESS, z0, Z_T, t), rtol=0, atol=1e-6)
+    assert grid.num_steps == 8
+    same = ddim(oracle_of(PROCESS, z0), grid, state, None, keys_of([0, 1, 2]))
+    end = jnp.zeros(3, jnp.int32)
+    np.testing.assert_allclose(same, corrupt(PROCESS, z0, Z_T, end), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match=r"start step 20 must be in 0\.\.19"):
+        make_grid(PROCESS, 20).after(20)
+
+
+@pytest.mark.parametrize(
+    ("process", "spacing"),
+    [(PROCESS, name) for name in DISCRETE]
+    + [(FLOW, name) for name in ("uniform", "shifted", "last_step")]
+    + [(EDM, name) for name in ("uniform", "karras", "exponential")],
+)
+def test_grid_goes_down_from_noise_to_data(process, spacing):
+    for count in (1, 2, 10, 100):
+        grid = make_grid(process, count, spacing)
+        assert grid.num_steps == count and np.all(np.diff(grid.times) < 0)
+        assert np.all(np.diff(grid.log_ratio) > 0) and np.all(np.diff(grid.sigma) < 0)
+        lands = spacing not in ("leading", "quad")
+        assert (grid.sigma[-1] == 0) == lands
+        # What the denoiser will compute at these times is what the coefficients say.
+        if count > 1:
+            traced = coefficients(process, jnp.asarray(grid.times[:-1]))
+            np.testing.assert_allclose(
+                traced, (grid.alpha[:-1], grid.sigma[:-1]), atol=2e-4, rtol=2e-5
+            )
+
+
+@pytest.mark.parametrize(
+    ("process", "spacing", "words"),
+    [
+        (PROCESS, "uniform", "'uniform' is not one of a 'ldm_linear'"),
+        (FLOW, "trailing", "'trailing' is not one of a 'flow'"),
+        (FLOW, "karras", "'karras' needs a finite"),
+        (EDM, "shifted", "'shifted' is for t in"),
+        (PROCESS, "karras:x", "'karras:x' must be a name"),
+        (PROCESS, "leading:2", "'leading:2' must be a name"),
+        (FLOW, "last_step:1", "must be shorter than 1"),
+    ],
+)
+def test_spacing_that_does_not_fit_is_refused(process, spacing, words):
+    with pytest.raises(InputError, match=words):
+        make_grid(process, 10, spacing)
+
+
+def test_quad_is_ldms_where_it_repeats_nothing():
+    root = np.linspace(0, 800**0.5, 20)
+    expected = ((root**2).astype(int) + 1)[::-1]
+    np.testing.assert_array_equal(make_grid(PROCESS, 20, "quad").times[:-1], expected)
 
 
 def gaussian_denoiser(mean, covariance):
@@ -173,8 +348,8 @@ def gaussian_denoiser(mean, covariance):
     )
 
     def denoiser(z_t, t, cond):
-        alpha = jnp.asarray(SCHEDULE.alpha)[t].reshape(-1, 1, 1, 1)
-        sigma = jnp.asarray(SCHEDULE.sigma)[t].reshape(-1, 1, 1, 1)
+        alpha = jnp.asarray(PROCESS.alpha)[t].reshape(-1, 1, 1, 1)
+        sigma = jnp.asarray(PROCESS.sigma)[t].reshape(-1, 1, 1, 1)
         centred = (z_t - alpha * mean.reshape(1, 1, 1, -1)) @ axes
         total = alpha**2 * variances.reshape(1, 1, 1, -1) + sigma**2
         return (sigma * centred / total) @ axes.T
@@ -187,8 +362,8 @@ def test_ddim_converges_to_the_probability_flow_with_order_one():
     denoiser = gaussian_denoiser([mean, mean], std**2 * np.eye(2))
     counts, errors = [50, 100, 200, 500], []
     for num_steps in counts:
-        z0 = ddim(denoiser, SCHEDULE, Z_T, None, keys_of([0, 1, 2]), num_steps=num_steps)
-        start, end = SCHEDULE.alpha_bar[[uniform_grid(1000, num_steps)[-1], 0]]
+        z0 = draw(ddim, denoiser, Z_T, None, keys_of([0, 1, 2]), num_steps=num_steps)
+        start, end = PROCESS.alpha_bar[[uniform_grid(1000, num_steps)[-1], 0]]
         stretch = np.sqrt((end * std**2 + 1 - end) / (start * std**2 + 1 - start))
         exact = np.sqrt(end) * mean + stretch * (np.float64(Z_T) - np.sqrt(start) * mean)
         errors.append(np.sqrt(np.mean((np.float64(z0) - exact) ** 2)))
@@ -202,7 +377,7 @@ def chain_law(mean, variance):
 
     With the exact denoiser each step is affine in z_t, so the law follows by recursion.
     """
-    mu, v, a = 0.0, 1.0, SCHEDULE.alpha_bar
+    mu, v, a = 0.0, 1.0, PROCESS.alpha_bar
     for t in reversed(range(1000)):
         a_t, a_s = a[t], a[t - 1] if t else 1.0
         gain = np.sqrt(a_t) * variance / (a_t * variance + 1 - a_t)  # of E[z0 | z_t]
@@ -225,7 +400,7 @@ def test_ddpm_reproduces_mean_and_covariance():
 
     z_T = jax.random.normal(key_for(0, "many"), (16, 32, 32, 2))
     denoiser = gaussian_denoiser(mean, covariance)
-    z0 = ddpm(denoiser, SCHEDULE, z_T, None, keys_of(np.arange(16)), num_steps=1000)
+    z0 = draw(ddpm, denoiser, z_T, None, keys_of(np.arange(16)), num_steps=1000)
     pixels = np.float64(z0).reshape(-1, 2)
     scale = np.diag(covariance)
     mean_error = np.sqrt(scale / len(pixels))

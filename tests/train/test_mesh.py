@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.data import latent_cache, stream
+from ldm_jax.diffusion.noise_levels import uniform_timesteps
 from ldm_jax.jobs import train_autoencoder, train_denoiser
 from ldm_jax.models import denoiser
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh, process_slice, put_batch, use_mesh
@@ -138,7 +139,9 @@ def batches_and_draws(mesh, first_stage, num_steps=3):
 
         def draw(batch, step):
             with use_mesh(mesh):
-                draws = steps.denoiser_draws(3, step, batch["moments"], positions(batch), 2, 1000)
+                times = lambda keys: uniform_timesteps(keys, 1000)  # noqa: E731
+                rows = positions(batch)
+                draws = steps.denoiser_draws(3, step, batch["moments"], rows, 2, times)
                 drop = draws["uniform"] < 0.5
                 cond = {"label": batch["label"]}
                 return draws, denoiser.drop_condition(tiny.DENOISER.model, cond, drop)

@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from ldm_jax.diffusion.process import ScheduleConfig, make_schedule
+from ldm_jax.diffusion.noise_levels import uniform_timesteps
+from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.models import latents
 from ldm_jax.sharding import MeshConfig, constrain, make_mesh, put_batch
@@ -14,16 +15,20 @@ from ldm_jax.train import ema, optim, steps
 from ldm_jax.train.state import init_state
 from tests import tiny
 
-SCHEDULE = make_schedule(ScheduleConfig())
+PROCESS = make_process(ProcessConfig())
 MOMENTS = np.random.default_rng(0).normal(size=(4, 2, 2, 4)).astype(np.float32)
 
 
 draw = jax.jit(steps.denoiser_draws, static_argnums=(4, 5))
 
 
+def times(keys):
+    return uniform_timesteps(keys, 1000)
+
+
 def draws(step=0, seed=0, rows=slice(None)):
     positions, channels = np.arange(4)[rows], MOMENTS.shape[-1] // 2
-    return draw(np.uint32(seed), np.int32(step), MOMENTS[rows], positions, channels, 1000)
+    return draw(np.uint32(seed), np.int32(step), MOMENTS[rows], positions, channels, times)
 
 
 def test_every_draw_has_a_key_of_its_own(monkeypatch):
@@ -32,7 +37,7 @@ def test_every_draw_has_a_key_of_its_own(monkeypatch):
     key_for = steps.key_for
     monkeypatch.setattr(steps, "key_for", lambda *a: asked.append(a[1]) or key_for(*a))
     d = jax.jit(
-        lambda m: steps.denoiser_draws(0, 0, m, jnp.arange(4), MOMENTS.shape[-1] // 2, 1000)
+        lambda m: steps.denoiser_draws(0, 0, m, jnp.arange(4), MOMENTS.shape[-1] // 2, times)
     )(MOMENTS)
     assert len(asked) == 4 == len(set(asked))
     mean, logvar = latents.split_moments(jnp.asarray(MOMENTS))
@@ -54,7 +59,8 @@ def test_draws_of_a_row_depend_on_its_position_the_step_and_the_seed_alone():
 
 def test_draws_have_their_laws():
     many = jnp.zeros((4000, 1, 1, 4)).at[..., :2].set(3.0)
-    d = jax.jit(lambda m: steps.denoiser_draws(0, 5, m, jnp.arange(4000), 2, 10))(many)
+    few = lambda keys: uniform_timesteps(keys, 10)  # noqa: E731
+    d = jax.jit(lambda m: steps.denoiser_draws(0, 5, m, jnp.arange(4000), 2, few))(many)
     np.testing.assert_allclose(d["z"].mean(), 3.0, atol=5 / 8000**0.5)
     np.testing.assert_allclose(d["noise"].std(), 1.0, atol=5 / 16000**0.5)
     counts = np.bincount(d["t"], minlength=10)
@@ -80,7 +86,7 @@ def denoiser_loss(monkeypatch):
     whitening = latents.Whitening((0.5, -1.0), (2.0, 3.0))
 
     def make(loss, bins=0):
-        losses = steps.denoiser_losses(tiny.DENOISER.model, loss, SCHEDULE, whitening, 0)
+        losses = steps.denoiser_losses(tiny.DENOISER.model, loss, PROCESS, whitening, 0)
         compute = steps.denoiser_loss(losses, bins)
         run = lambda batch, step: (compute(jnp.float32(0.5), batch, step), told[-1])  # noqa: E731
         run = jax.jit(run)
@@ -98,7 +104,7 @@ def test_denoiser_loss_is_the_mean_error_of_the_noise_of_whitened_latents(
     (value, parts), told = denoiser_loss(steps.DenoiserLoss(kind, 0.0))([1, 2, 3, 4], MOMENTS)
     d = {k: np.asarray(v, np.float64) for k, v in draws().items()}
     z0 = (d["z"] - [0.5, -1.0]) / [2.0, 3.0]
-    alpha_bar = SCHEDULE.alpha_bar[d["t"].astype(int)].reshape(4, 1, 1, 1)
+    alpha_bar = PROCESS.alpha_bar[d["t"].astype(int)].reshape(4, 1, 1, 1)
     z_t = np.sqrt(alpha_bar) * z0 + np.sqrt(1 - alpha_bar) * d["noise"]
     np.testing.assert_allclose(value, penalty(0.5 * z_t - d["noise"]).mean(), rtol=1e-5)
     assert parts == {}

@@ -1,0 +1,75 @@
+"""Learned reverse variances of a discrete process: the hybrid objective of IDDPM, ADM and DiT.
+
+The network has 2C channels: eps, and v in about -1..1 that says where the logarithm of the variance
+lies between the posterior's and beta's. t are timesteps [B], 0 = data.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.diffusion.process import Process, rows
+
+
+def split(prediction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(eps, v) [B, H, W, C] of a prediction [B, H, W, 2C]."""
+    eps, v = jnp.split(prediction, 2, axis=-1)
+    return eps, v
+
+
+def posterior(process: Process, z0: jax.Array, z_t: jax.Array, t: jax.Array) -> jax.Array:
+    """Mean [B, ...] of q(z_(t-1) | z_t, z0) (DDPM eq. 7)."""
+    table = _tables(process)
+    at = lambda name: rows(jnp.asarray(table[name])[t], z_t)  # noqa: E731
+    return at("of_z0") * z0 + at("of_z_t") * z_t
+
+
+def log_variance(process: Process, v: jax.Array, t: jax.Array) -> jax.Array:
+    """ln of the reverse step's variance [B, ...]: v = -1 the posterior's, 1 beta (IDDPM eq. 15)."""
+    table, share = _tables(process), (v + 1) / 2
+    at = lambda name: rows(jnp.asarray(table[name])[t], v)  # noqa: E731
+    return share * at("log_beta") + (1 - share) * at("log_posterior")
+
+
+def hybrid_vlb(
+    process: Process,
+    z0: jax.Array,
+    z_t: jax.Array,
+    eps: jax.Array,
+    v: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
+    """The variational bound's term [B] in nats a value, whose gradient reaches v alone.
+
+    KL(posterior || reverse step) for t > 0 and at t = 0 the density of z0, both averaged (IDDPM
+    section 3.1). The hybrid loss adds 0.001 T times this to the mean square (their code: in bits).
+    """
+    table = _tables(process)
+    at = lambda name: rows(jnp.asarray(table[name])[t], z_t)  # noqa: E731
+    eps = jax.lax.stop_gradient(eps)
+    guess = (z_t - at("sigma") * eps) / at("alpha")
+    mean, log_var = posterior(process, guess, z_t, t), log_variance(process, v, t)
+    true_mean, true_log_var = posterior(process, z0, z_t, t), at("log_posterior")
+    distance = (true_mean - mean) ** 2 * jnp.exp(-log_var)
+    kl = (log_var - true_log_var + jnp.exp(true_log_var - log_var) - 1 + distance) / 2
+    # Latents are continuous: the density itself, not its integral over a bin of pixel values.
+    density = (np.log(2 * np.pi) + log_var + (z0 - mean) ** 2 * jnp.exp(-log_var)) / 2
+    term = jnp.where(rows(t, z_t) > 0, kl, density)
+    return jnp.mean(term, axis=tuple(range(1, term.ndim)))
+
+
+def _tables(process: Process) -> dict[str, np.ndarray]:
+    """Of every timestep [T] f64; the variance of t = 0, which is 0, is replaced by that of 1."""
+    assert process.discrete and process.num_timesteps > 1
+    alpha_bar = process.alpha_bar
+    before = np.append(1.0, alpha_bar[:-1])
+    beta = 1 - alpha_bar / before
+    variance = beta * (1 - before) / (1 - alpha_bar)
+    return {
+        "alpha": process.alpha,
+        "sigma": process.sigma,
+        "of_z0": np.sqrt(before) * beta / (1 - alpha_bar),
+        "of_z_t": np.sqrt(1 - beta) * (1 - before) / (1 - alpha_bar),
+        "log_beta": np.log(beta),
+        "log_posterior": np.log(np.append(variance[1], variance[1:])),
+    }

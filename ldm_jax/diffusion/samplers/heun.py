@@ -1,0 +1,102 @@
+"""Heun's method, plain and with EDM's churn: two evaluations a step, one for a last onto data."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from ldm_jax.diffusion.grid import Grid
+from ldm_jax.diffusion.parameterisation import Predict
+from ldm_jax.diffusion.samplers import loop
+from ldm_jax.errors import InputError
+
+
+def heun(
+    predict: Predict, grid: Grid, z_T: jax.Array, cond: Any, keys: jax.Array, **options: Any
+) -> Any:
+    """z0 by the trapezoidal rule with an Euler step for its far end: order 2.
+
+    Of dz = x0 d alpha + eps d sigma; for a discrete process of z / alpha, whose data is unscaled.
+    """
+    starts = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
+    return _walk(predict, grid, starts, np.zeros(grid.num_steps), z_T, cond, keys, 1.0, **options)
+
+
+def edm(
+    predict: Predict,
+    grid: Grid,
+    z_T: jax.Array,
+    cond: Any,
+    keys: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    inflation: float = 1.003,
+    churn: float = 40.0,
+    churn_from: float = 0.05,
+    churn_to: float = 50.0,
+    **options: Any,
+) -> Any:
+    """z0 by EDM's stochastic sampler (algorithm 2); `churn` 0 is `heun` and draws nothing.
+
+    A step from sigma within churn_from..churn_to first adds noise, up to sigma times 1 +
+    min(churn / S, sqrt(2) - 1), its standard deviation times `inflation` (S_noise). Raises
+    InputError for a process other than `edm`, whose times alone are sigmas.
+    """
+    if grid.process.config.kind != "edm":
+        raise InputError(
+            f"sampler 'edm' is for process kind 'edm', not {grid.process.config.kind!r}; use 'heun'"
+        )
+    if churn < 0:
+        raise InputError(f"churn {churn} must not be negative; 0 = none")
+    sigma = grid.sigma[:-1]
+    within = (churn_from <= sigma) & (sigma <= churn_to)
+    raised = sigma * (1 + np.where(within, min(churn / grid.num_steps, 2**0.5 - 1), 0))
+    of_noise = inflation * np.sqrt(raised**2 - sigma**2)
+    starts = (raised, grid.alpha[:-1], raised)
+    return _walk(predict, grid, starts, of_noise, z_T, cond, keys, temperature, **options)
+
+
+def _walk(
+    predict: Predict,
+    grid: Grid,
+    starts: tuple[np.ndarray, np.ndarray, np.ndarray],
+    of_noise: np.ndarray,
+    z_T: jax.Array,
+    cond: Any,
+    keys: jax.Array,
+    temperature: float | jax.Array,
+    **options: Any,
+) -> Any:
+    """Heun's steps from `starts` (t, alpha, sigma), which of_noise [S] leads to from the grid's."""
+    t, alpha, sigma = starts
+    scale, scale_to = grid.scale[:-1], grid.scale[1:]
+    coefficients = {
+        "t": t,
+        "t_to": grid.times[1:],
+        "alpha_to": grid.alpha[1:],
+        "sigma_to": grid.sigma[1:],
+        "of_z": scale_to / scale,
+        "of_x0": grid.alpha[1:] - alpha * scale_to / scale,
+        "of_eps": grid.sigma[1:] - sigma * scale_to / scale,
+        "of_noise": of_noise,
+        "lands": grid.sigma[1:] == 0,
+    }
+    noisy = bool(np.any(of_noise))
+
+    def body(z_t: jax.Array, memory: Any, at: loop.Step, of: Any) -> tuple:
+        if noisy:
+            noise = loop.step_noise(keys, at.index, z_t)
+            z_t = (z_t + temperature * of["of_noise"] * noise).astype(z_t.dtype)
+        x0, eps = predict(z_t, loop.at(of["t"], z_t), cond)
+        euler = of["alpha_to"] * x0 + of["sigma_to"] * eps
+
+        def corrected() -> jax.Array:
+            x0_to, eps_to = predict(euler, loop.at(of["t_to"], z_t), cond)
+            slope = of["of_x0"] * (x0 + x0_to) + of["of_eps"] * (eps + eps_to)
+            return of["of_z"] * z_t + slope / 2
+
+        # On data itself there is no noise to predict.
+        return jax.lax.cond(of["lands"], lambda: euler, corrected), x0, memory
+
+    places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
+    return loop.scan(body, places, z_T, keys, (), coefficients, **options)

@@ -1,0 +1,64 @@
+"""A denoiser of images larger than it was trained on: overlapping tiles, blended."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.diffusion.process import Denoiser
+from ldm_jax.errors import InputError
+
+
+def tiled(denoiser: Denoiser, tile: int, overlap: int) -> Denoiser:
+    """The denoiser applied to tiles [B, tile, tile, C] of z_t [B, H, W, C], one after another.
+
+    Tiles overlap by at least `overlap` and the last one ends at the border, so that every size of
+    at least `tile` is covered. A pixel's weight in a tile is its distance to the tile's border.
+    Leaves of `cond` of z_t's height and width, [B, H, W, ...], are cut alike; others are passed on.
+    Raises InputError for an overlap outside 0..tile-1 or an image smaller than a tile.
+    """
+    if not 0 <= overlap < tile:
+        raise InputError(f"overlap {overlap} must be in 0..{tile - 1} for tiles of {tile}")
+
+    def blended(z_t: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
+        height, width = z_t.shape[1:3]
+        if min(height, width) < tile:
+            raise InputError(
+                f"tile {tile} is larger than the latent {height} x {width}; use tile "
+                f"{min(height, width)}"
+            )
+        corners = [
+            (y, x) for y in _starts(height, tile, overlap) for x in _starts(width, tile, overlap)
+        ]
+        shape = (1, tile, tile, 1)
+        ramp = np.minimum(np.arange(tile) + 1, tile - np.arange(tile)).astype(np.float32)
+        weight = jnp.asarray(np.minimum(ramp[:, None], ramp[None, :]).reshape(shape))
+
+        def cut(x: jax.Array, corner: jax.Array) -> jax.Array:
+            if x.ndim < 4 or x.shape[1:3] != (height, width):
+                return x
+            start = (0, corner[0], corner[1]) + (0,) * (x.ndim - 3)
+            return jax.lax.dynamic_slice(x, start, (x.shape[0], tile, tile, *x.shape[3:]))
+
+        def add(sums: tuple[jax.Array, jax.Array], corner: jax.Array) -> tuple[Any, None]:
+            total, weights = sums
+            tile_cond = jax.tree.map(lambda x: cut(x, corner), cond)
+            said = denoiser(cut(z_t, corner), t, tile_cond).astype(total.dtype)
+            start = (0, corner[0], corner[1], 0)
+            put = lambda into, x: jax.lax.dynamic_update_slice(  # noqa: E731
+                into, x + jax.lax.dynamic_slice(into, start, x.shape), start
+            )
+            return (put(total, weight * said), put(weights, weight)), None
+
+        sums = jnp.zeros(z_t.shape, jnp.float32), jnp.zeros((1, height, width, 1), jnp.float32)
+        (total, weights), _ = jax.lax.scan(add, sums, jnp.asarray(corners, jnp.int32))
+        return total / weights
+
+    return blended
+
+
+def _starts(size: int, tile: int, overlap: int) -> list[int]:
+    """First pixels of tiles that cover 0..size-1, the last one ending at the border."""
+    last = size - tile
+    return [*range(0, last, tile - overlap), last]
