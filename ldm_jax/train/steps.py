@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from ldm_jax.diffusion import noise_levels, objective
-from ldm_jax.diffusion.process import Process, at_network
+from ldm_jax.diffusion.process import Process, at_network, unit_time
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
 from ldm_jax.models import denoiser, latents
