@@ -29,6 +29,7 @@ from ldm_jax.train.ema import Config as EmaConfig
 from ldm_jax.train.first_stage_loss import AutoencoderLoss, Recipe
 from ldm_jax.train.loop import Config as LoopConfig
 from ldm_jax.train.optim import Config as OptimConfig
+from ldm_jax.train.run_dir import default_fields
 from ldm_jax.train.steps import DenoiserLoss
 
 
@@ -204,13 +205,8 @@ def config_dict(cls: type, overrides: dict[str, Any]) -> ml_collections.ConfigDi
 
     Values are not checked yet: the command line may still mend them.
     """
-    filled = _fill(cls, _defaults(cls), overrides, "config")
+    filled = _fill(cls, default_fields(cls), overrides, "config")
     return ml_collections.ConfigDict(filled, convert_dict=True)
-
-
-def _defaults(cls: type) -> dict[str, Any]:
-    plain = lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v  # noqa: E731
-    return {f.name: plain(f.default) for f in dataclasses.fields(cls)}
 
 
 def _fill(cls: type, defaults: dict[str, Any], values: dict[str, Any], where: str) -> dict:

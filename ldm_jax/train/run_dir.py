@@ -119,6 +119,8 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
     if path.exists():
         check_trainable(workdir)
         previous = read_run(workdir)
+        # A field that is newer than the run had its default then.
+        previous["config"] = _filled(previous["config"], default_fields(type(config)))
         check_same(workdir, previous, record)
         history = previous.pop("history", [])
         record["history"] = [
@@ -184,6 +186,20 @@ def _is_free(key: str, config: dict[str, Any]) -> bool:
     if key == "num_steps":
         return config.get("optim.schedule") != "cosine"
     return key.split(".")[0] in FREE_FIELDS
+
+
+def default_fields(cls: type) -> dict[str, Any]:
+    """The defaults of a config dataclass, groups of fields as dicts."""
+    plain = lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v  # noqa: E731
+    return {f.name: plain(f.default) for f in dataclasses.fields(cls)}
+
+
+def _filled(values: Any, defaults: Any) -> Any:
+    """`values` as JSON has them, with every default that they lack."""
+    if not isinstance(values, dict) or not isinstance(defaults, dict):
+        return values
+    known = {name: _filled(value, defaults.get(name)) for name, value in values.items()}
+    return json.loads(json.dumps(defaults)) | known
 
 
 def to_json(config: Any) -> dict[str, Any]:

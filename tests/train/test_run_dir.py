@@ -132,6 +132,19 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
         first_stage(**{name: value})
 
 
+def test_run_of_an_earlier_version_lacks_fields_that_had_their_defaults(tmp_path, mesh):
+    start(tmp_path, mesh)
+    record = json.loads((tmp_path / "run.json").read_text())
+    new = "flip"
+    assert record["config"].pop(new) == getattr(type(RUN)(), new)
+    del record["config"]["optim"]["b2"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    start(tmp_path, mesh)
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="flip is False there and True now"):
+        open_run(tmp_path, "train-denoiser", dataclasses.replace(RUN, flip=True), mesh, DATA)
+
+
 def test_field_of_a_group_is_not_free_for_having_a_free_name(tmp_path, mesh):
     record = {"job": "j", "config": {"a": {"mesh": 1}, "mesh": {"data": 1}}, "data": {}}
     other = {"job": "j", "config": {"a": {"mesh": 2}, "mesh": {"data": 2}}, "data": {}}
