@@ -188,9 +188,11 @@ def _is_free(key: str, config: dict[str, Any]) -> bool:
     return key.split(".")[0] in FREE_FIELDS
 
 
-def default_fields(cls: Any) -> dict[str, Any]:
+def default_fields(cls: type) -> dict[str, Any]:
     """The defaults of a config dataclass, groups of fields as dicts."""
-    plain = lambda v: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v  # noqa: E731
+    plain = lambda v: (  # noqa: E731
+        dataclasses.asdict(v) if dataclasses.is_dataclass(v) and not isinstance(v, type) else v
+    )
     return {f.name: plain(f.default) for f in dataclasses.fields(cls)}
 
 
