@@ -31,7 +31,7 @@ AUTOENCODER = AutoencoderRun(
         weight=0.5, start=2, discriminator=discriminator.Config(width=8, num_layers=1)
     ),
     optim=optim.Config(lr=1e-3, warmup_steps=2),
-    ema=ema.Config(decay=0.9, power=(0.1,)),
+    ema=ema.Config(decay=0.9),
 )
 
 DENOISER = DenoiserRun(
@@ -54,8 +54,10 @@ DENOISER = DenoiserRun(
         conditioner=conditioners.Config(kind="class", num_classes=10, context_dim=8),
     ),
     optim=optim.Config(lr=1e-3, warmup_steps=2, clip_norm=1.0, weight_decay=0.01),
-    ema=ema.Config(decay=0.99, more=(0.9,), power=(0.05, 0.1), snapshot_every=3),
+    ema=ema.Config(decay=0.99),
 )
+
+AVERAGES = ema.Config(decay=0.99, more=(0.9,), power=(0.05, 0.1), snapshot_every=3)
 
 
 @functools.cache

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.gradient_guidance import GAINS, gradient
+from ldm_jax.diffusion.grid import make_grid
+from ldm_jax.diffusion.parameterisation import predictor
 from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.diffusion.samplers import ddim
 from ldm_jax.keys import example_keys, key_for
@@ -120,7 +122,8 @@ def test_samples_are_the_likelier_the_larger_the_scale_with_one_program():
             count += 1
             gain = lambda t: GAINS["eps"](alpha[t], sigma[t])  # noqa: E731
             denoiser = gradient(eps, x0, log_likelihood, gain, scale)
-            return ddim(denoiser, schedule, Z_T, None, keys, num_steps=10)
+            predict = predictor(schedule, "eps", denoiser)
+            return ddim(predict, make_grid(schedule, 10), Z_T, None, keys)
 
         reached = [log_likelihood(z, z, None) for z in map(sample, (0.0, 1.0, 3.0))]
         assert (reached[1] > reached[0]).all() and (reached[2] > reached[1]).all()

@@ -23,7 +23,7 @@ from tests import tiny
 def workdir(first_stage, tmp_path_factory):
     """Six steps, with snapshots of two widths after the third and the sixth."""
     folder = tmp_path_factory.mktemp("denoiser")
-    settings = dataclasses.replace(tiny.DENOISER, autoencoder=str(first_stage))
+    settings = dataclasses.replace(tiny.DENOISER, ema=tiny.AVERAGES, autoencoder=str(first_stage))
     train_denoiser.run(settings, folder, jax.devices()[:1])
     return folder
 

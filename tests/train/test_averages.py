@@ -26,7 +26,7 @@ def loss(params, batch, step):
 
 def built(config=MeshConfig(1, 8, 1), devices=None):
     mesh = make_mesh(config, devices)
-    optimizer = optax.sgd(0.3)
+    optimizer = optax.sgd(lambda n: 0.3)
     state, shardings = init_state(
         lambda: {"w": jnp.asarray(START)},
         {"w": ("in_channels",)},

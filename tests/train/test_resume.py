@@ -32,6 +32,7 @@ def settings(stage, first_stage):
         loss_bins=2,
         eval_every=5,
         eval_examples=20,  # more than a batch
+        ema=tiny.AVERAGES,
         autoencoder=str(first_stage),
     )
 
