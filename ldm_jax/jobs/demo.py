@@ -68,7 +68,7 @@ def run(workdir: Path) -> Path:
     phase("train the denoiser", lambda: train_denoiser.run(second, denoiser_dir))
     rebuilt = phase(
         "evaluate reconstructions",
-        lambda: evaluate.run(autoencoder_dir, draw),
+        lambda: evaluate.run(autoencoder_dir, sample.Settings(num=0)),
     )
     figures = phase("sample and evaluate", lambda: evaluate.run(denoiser_dir, draw))
     pictures = phase("draw the grids", lambda: _grids(autoencoder_dir, denoiser_dir))

@@ -10,7 +10,7 @@ import pytest
 from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
 from ldm_jax.eval.reconstruction import psnr
-from ldm_jax.jobs import evaluate
+from ldm_jax.jobs import evaluate, sample
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.jobs.first_stage_evaluation import (
     compile_reconstruction,
@@ -138,3 +138,12 @@ def test_evaluate_gives_the_same_figures_of_a_finished_run(first_stage, trained,
     while_training, _ = make_evaluation(CONFIG, mesh)(state_of({}, trained.params), 3)
     assert figures.pop("step") == 3
     assert figures == pytest.approx(while_training, abs=1e-3)
+
+
+def test_flags_about_samples_are_refused_for_a_first_stage():
+    how = evaluate.first_stage_settings(sample.Settings(num=0))
+    assert how == {"limit": 10_000, "step": -1, "weights": "auto"}
+    how = evaluate.first_stage_settings(sample.Settings(num=7, step=3, weights="params"))
+    assert how == {"limit": 7, "step": 3, "weights": "params"}
+    with pytest.raises(InputError, match="--batch-size 8 is about samples"):
+        evaluate.first_stage_settings(sample.Settings(batch_size=8))
