@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from ldm_jax.data.latent_cache import LatentCache
 from ldm_jax.errors import InputError
+from ldm_jax.jobs.first_stage_evaluation import spread
 from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.sharding import batch_sharding, host_array, process_slice, put_batch, use_mesh
 from ldm_jax.train.gradient import POSITION
@@ -61,7 +62,7 @@ def make_evaluation(
 ) -> Evaluate:
     """What `loop.train` calls every `eval_every` steps: `loss`, and with `loss_bins` that by time.
 
-    Of the averaged weights, or the raw ones without an average, on the first `eval_examples` of a
+    Of the averaged weights, or the raw ones without an average, on `eval_examples` spread over a
     held-out `cache`; `names` are the entries of a batch that `losses` wants, conditions are kept.
     """
     if not len(cache):
@@ -69,7 +70,7 @@ def make_evaluation(
             f"latent cache {cache.directory} is empty; set --config.eval_every=0, or hold images "
             "out when the first stage is trained"
         )
-    indices = np.arange(min(config.eval_examples, len(cache)), dtype=np.int64)
+    indices = spread(len(cache), config.eval_examples)
     rows = cache.read(indices, indices)
     size = min(max(1, config.batch_size // config.accumulate), len(indices))
     measure = compile_losses(losses, {n: rows[n] for n in names}, indices, mesh, size)

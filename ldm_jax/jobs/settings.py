@@ -47,7 +47,7 @@ class AutoencoderRun:
     keep_every: int = 0
     max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
     eval_every: int = 0  # steps between evaluations on held-out images; 0 = none
-    eval_images: int = 256  # of them, the first ones, in each evaluation
+    eval_images: int = 256  # of them, spread over the split, in each evaluation
     data_threads: int = 2  # that prepare batches ahead, per process
     images: ImagesConfig = ImagesConfig()
     model: AutoencoderConfig = AutoencoderConfig()
@@ -122,7 +122,7 @@ class DenoiserRun:
     max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
     loss_bins: int = 0  # equal intervals of time whose losses are logged apart; 0 = none
     eval_every: int = 0  # steps between losses of held-out latents, on fixed draws; 0 = none
-    eval_examples: int = 1024  # of them, the first ones, in each evaluation
+    eval_examples: int = 1024  # of them, spread over the split, in each evaluation
     data_threads: int = 2
     autoencoder: str = ""  # workdir of the first stage
     latents: str = ""  # latent cache; empty = AUTOENCODER/latents

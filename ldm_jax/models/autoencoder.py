@@ -77,18 +77,6 @@ class Config:
                     f"autoencoder {name} {getattr(self, name)} must be at least 1, of one level or "
                     "more"
                 )
-        sizes = {
-            "width_multipliers": min(self.width_multipliers, default=0),
-            "num_res_blocks": self.num_res_blocks,
-            "z_channels": self.z_channels,
-            "latent_channels": self.latent_channels,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise InputError(
-                    f"autoencoder {name} {getattr(self, name)} must be at least 1, of one level or "
-                    "more"
-                )
         check_groups(
             [self.width * m for m in self.width_multipliers], self.norm_groups, "autoencoder"
         )
@@ -96,13 +84,6 @@ class Config:
             raise InputError(
                 f"autoencoder resolution {self.resolution} must divide by its downsampling factor "
                 f"{self.factor} (width_multipliers {self.width_multipliers})"
-            )
-        sides = [self.resolution // 2**i for i in range(len(self.width_multipliers))]
-        unknown = sorted(set(self.attention_resolutions) - set(sides))
-        if unknown:
-            raise InputError(
-                f"autoencoder attention_resolutions {unknown} are no level's side; those of "
-                f"resolution {self.resolution} are {sides}"
             )
         sides = [self.resolution // 2**i for i in range(len(self.width_multipliers))]
         unknown = sorted(set(self.attention_resolutions) - set(sides))

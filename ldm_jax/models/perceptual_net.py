@@ -57,7 +57,6 @@ def lpips(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
     No dropout: the published training left that of the linear layers on, which adds noise alone.
     """
     assert min(x.shape[1:3]) >= 16, f"LPIPS pools images {x.shape} of under 16 pixels to nothing"
-    assert min(x.shape[1:3]) >= 16, f"LPIPS pools images {x.shape} of under 16 pixels to nothing"
     distance = jnp.zeros(x.shape[0])
     pairs = zip(features(params, x), features(params, y), strict=True)
     for b, (of_x, of_y) in enumerate(pairs):

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from ldm_jax.errors import InputError
 
 AXES = (None, None)  # of the codebook [n,C], which every device holds whole
-AXES = (None, None)  # of the codebook [n,C], which every device holds whole
 CHUNK = 1024  # codes whose distances are held at once: [B,h,w,CHUNK] f32
 
 

@@ -23,6 +23,17 @@ from ldm_jax.train.state import TrainState
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
 
 
+def write_alone() -> None:
+    """Has one process write its arrays whole.
+
+    Replicas share the writing of what they hold alike; with one writer the slicing for that costs
+    several times the writing itself.
+    """
+    if jax.process_count() == 1:
+        alone = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        ocp.type_handlers.register_type_handler(jax.Array, alone, override=True)
+
+
 class Checkpoints:
     """The checkpoints of one run directory."""
 
@@ -33,11 +44,7 @@ class Checkpoints:
 
         read_only leaves the folder alone: the run that it belongs to may be writing in it.
         """
-        if jax.process_count() == 1:
-            # Replicas share the writing of what they hold alike; with one writer the slicing for
-            # that costs several times the writing itself.
-            alone = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-            ocp.type_handlers.register_type_handler(jax.Array, alone, override=True)
+        write_alone()
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -67,12 +74,19 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        items: dict[str, Any] = {n: ocp.args.StandardSave(x) for n, x in _trees(state).items()}
+        self._write(step, _trees(state), meta)
+        if jax.process_index() == 0 and len(self._manager.all_steps()) > 1:
+            self._mark.touch()
+
+    def save_params(self, step: int, params: Any, meta: dict[str, Any]) -> None:
+        """Starts writing weights alone, which `load_weights` reads and no training resumes."""
+        self._write(step, {"params": params}, meta)
+
+    def _write(self, step: int, trees: dict[str, Any], meta: dict[str, Any]) -> None:
+        items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in trees.items()}
         items["meta"] = ocp.args.JsonSave({**meta, "step": step})
         if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
             raise RuntimeError(f"checkpoint of step {step} was not written to {self.folder}")
-        if jax.process_index() == 0 and len(self._manager.all_steps()) > 1:
-            self._mark.touch()
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The state of `step`, placed as `like` (shapes, types, shardings) says, and its meta.
@@ -216,12 +230,8 @@ def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = Non
 def save_params(workdir: Path, params: Any, step: int, meta: dict[str, Any]) -> None:
     """Writes a checkpoint of weights alone, which `load_weights` reads and no training resumes."""
     checkpoints = Checkpoints(workdir)
-    items = {
-        "params": ocp.args.StandardSave(params),
-        "meta": ocp.args.JsonSave({**meta, "step": step}),
-    }
     try:
-        checkpoints._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        checkpoints.save_params(step, params, meta)
         checkpoints.wait()
     finally:
         checkpoints.close()

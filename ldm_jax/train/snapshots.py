@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
+from ldm_jax.train.checkpoint import write_alone
 from ldm_jax.train.ema import power_name
 from ldm_jax.train.state import TrainState
 
@@ -16,9 +16,7 @@ class Snapshots:
     """`ema/snapshots/STEP/power-WIDTH` of one run directory; all of them are kept."""
 
     def __init__(self, workdir: Path, *, read_only: bool = False):
-        if jax.process_count() == 1:
-            alone = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-            ocp.type_handlers.register_type_handler(jax.Array, alone, override=True)
+        write_alone()
         self.folder = Path(workdir).absolute() / "ema" / "snapshots"
         options = ocp.CheckpointManagerOptions(
             enable_async_checkpointing=True,
