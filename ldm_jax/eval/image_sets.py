@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ldm_jax import npz
 from ldm_jax.data import folder
 from ldm_jax.errors import InputError
-from ldm_jax.eval import npz
 
 MAX_PIXELS = 64 << 20  # of one image; a small file can hold gigabytes
 Batches = Callable[[int, int, int], Iterator[np.ndarray]]

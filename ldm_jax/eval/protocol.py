@@ -21,14 +21,13 @@ LABELS = ("balanced", "random", "none")  # "none": no model was asked for classe
 class Preset:
     """The conventions of one published evaluator."""
 
-    extractor: str  # network
+    extractor: str  # network, by its name in EXTRACTORS
     tap: str  # of the Fréchet distance and of KID
-    resize: str  # to the network's input size
+    resize: str  # to the network's input size, by its name in RESIZES
     frechet: str = "fid"  # what the Fréchet distance is called
     spatial_tap: str = ""  # of sFID; "" = the evaluator has none
     logits_tap: str = ""  # of the inception score; "" = the evaluator has none
-    inception_splits: int = 10  # consecutive and of equal size
-    inception_shuffle: int = 2020  # seed of the permutation before; -1 = as they come
+    inception_shuffled: bool = True  # in 10 splits; False: as they come, 5000 in a split
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     kid_seed: int = 2020
@@ -36,7 +35,6 @@ class Preset:
     neighbours_tap: str = ""  # "" = `tap`
     neighbours_k: int = 3
     neighbours_real: int = 0  # real images that span the manifold; 0 = as many as samples
-    neighbours_tie: str = "<="  # a point on the edge of a ball is inside
 
 
 # ADM: guided-diffusion@22e0df8 evaluations/evaluator.py. torch_fidelity: 0.4.0. clean: clean-fid
@@ -49,7 +47,7 @@ PRESETS = {
         resize="tf1_bilinear",
         spatial_tap="spatial2023",
         logits_tap="logits_unbiased",
-        inception_shuffle=-1,
+        inception_shuffled=False,
         neighbours_real=10_000,
     ),
     "torch_fidelity": Preset(
@@ -58,25 +56,20 @@ PRESETS = {
         resize="tf1_bilinear",
         logits_tap="logits_unbiased",
         neighbours_extractor="vgg16",
-        neighbours_tap="fc2",
+        neighbours_tap="fc2_relu",
     ),
     "clean": Preset(
         extractor="inception",
         tap="2048",
-        resize="pil_bicubic_aa",
+        resize="pil_bicubic",
         logits_tap="logits_unbiased",
     ),
     "edm2": Preset(
-        extractor="dinov2_vitl14",
+        extractor="dinov2-vitl14",
         tap="cls",
         resize="torch_bicubic_aa",
         frechet="fd_dinov2",
     ),
-}
-# sha256 of the published weight files. Other weights make other figures, under another name.
-KNOWN_DIGESTS = {
-    "inception": ("6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",),
-    "dinov2_vitl14": (),
 }
 
 
@@ -87,6 +80,7 @@ class Protocol:
     preset: str  # a name in PRESETS, or "custom" for any extractor and resize
     extractor: str
     extractor_digest: str  # sha256 hex of its weights
+    extractor_published: bool  # whether that is the digest of the published weights
     tap: str
     resize: str
     quantiser: str  # how floats became uint8
@@ -129,8 +123,7 @@ class Protocol:
     @property
     def is_custom(self) -> bool:
         """Whether the figures are not those of a published network with its published weights."""
-        known = KNOWN_DIGESTS.get(self.extractor, ())
-        return self.preset == "custom" or self.extractor_digest not in known
+        return self.preset == "custom" or not self.extractor_published
 
     def metric_name(self, metric: str) -> str:
         """As "fid50k-adm-1a2b3c4d": metric, number of samples, preset, start of the hash.

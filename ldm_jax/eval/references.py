@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ldm_jax import npz
 from ldm_jax.errors import InputError
-from ldm_jax.eval import array_pickle, npz
+from ldm_jax.eval import array_pickle
 from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.images_out import write_atomically
 from ldm_jax.eval.protocol import Protocol

@@ -8,12 +8,13 @@ import pytest
 from ldm_jax.errors import InputError
 from ldm_jax.eval import labels, protocol
 
-PUBLISHED = protocol.KNOWN_DIGESTS["inception"][0]
+PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def make(preset="adm", **changes):
     fields = {
         "extractor_digest": PUBLISHED,
+        "extractor_published": True,
         "quantiser": "round",
         "num": 50_000,
         "labels": "random",
@@ -28,14 +29,7 @@ def test_name_has_metric_number_preset_and_hash():
     start = hashlib.sha256(canonical.encode()).hexdigest()[:8]
     assert p.metric_name("fid") == f"fid50k-adm-{start}"
     assert make(num=1234).metric_name("sfid").startswith("sfid1234-adm-")
-    edm2 = {"extractor_digest": "a" * 64}
-    assert make("edm2", **edm2).metric_name("fid").startswith("frechet50k-custom-")
-
-
-def test_name_of_a_known_dino_is_its_own_and_never_fid(monkeypatch):
-    monkeypatch.setitem(protocol.KNOWN_DIGESTS, "dinov2_vitl14", ("b" * 64,))
-    name = make("edm2", extractor_digest="b" * 64).metric_name("fid")
-    assert name.startswith("fd_dinov2-50k-edm2-")
+    assert make("edm2").metric_name("fid").startswith("fd_dinov2-50k-edm2-")
 
 
 def test_every_field_is_in_the_hash():
@@ -45,6 +39,7 @@ def test_every_field_is_in_the_hash():
     changed += [make("torch_fidelity"), make(extractor_digest="0" * 64)]
     changed += [make(sampling={**base.sampling, k: 7}) for k in ("guidance", "steps", "reference")]
     custom = {"preset": "custom", "extractor": "x", "tap": "t", "resize": "r"}
+    changed += [make(extractor_published=False)]
     for k in ("extractor", "tap", "resize"):
         changed += [dataclasses.replace(base, **custom | {k: "y"})]
     hashes = [p.hash() for p in [base, *changed]]
@@ -60,7 +55,7 @@ def test_hash_is_of_values_not_of_their_order_or_spelling():
 
 @pytest.mark.parametrize("preset", sorted(protocol.PRESETS))
 def test_unknown_weights_never_make_a_fid(preset):
-    p = make(preset, extractor_digest="0" * 64)
+    p = make(preset, extractor_digest="0" * 64, extractor_published=False)
     for metric in ("fid", "sfid", "rfid", "kid"):
         assert "fid" not in p.metric_name(metric) and "-custom-" in p.metric_name(metric)
 
@@ -98,7 +93,7 @@ def test_two_protocols_on_one_curve_are_refused(tmp_path):
     before = path.read_bytes()
     with pytest.raises(InputError, match=r"line 2 has fid .*sampling.steps is 250 there but 50"):
         protocol.append(path, other, {"fid": 3.0, "new": 1.0})
-    with pytest.raises(InputError, match="line 1 has psnr .*names no protocol"):
+    with pytest.raises(InputError, match=r"line 1 has psnr .*names no protocol"):
         protocol.append(path, first, {"psnr": 31.0})
     assert path.read_bytes() == before
     protocol.append(path, other, {other.metric_name("fid"): 3.0})
