@@ -3,6 +3,7 @@
 Floors; a module imports only from lower ones (`tests/test_floors.py` checks it):
 
     0  errors.py keys.py sharding.py   input errors, named randomness, meshes
+       npz.py                          arrays of others
     1  diffusion/   arrays and callables: processes, objectives, guidance, samplers
        models/      parameters: Config, init, apply, axes
        data/        numpy, grain, tfds: image sources, latent cache, order of examples

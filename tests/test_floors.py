@@ -10,6 +10,7 @@ PACKAGE = ROOT / "ldm_jax"
 FLOORS = {
     "errors": 0,
     "keys": 0,
+    "npz": 0,
     "sharding": 0,
     "diffusion": 1,
     "models": 1,
