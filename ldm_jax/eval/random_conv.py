@@ -17,7 +17,7 @@ from ldm_jax.eval.images_out import check_images
 from ldm_jax.keys import key_for
 from ldm_jax.models.autoencoder import to_unit
 
-WIDTHS = (16, 32, 32)  # channels of the three convolutions, of strides 1, 2 and 2
+WIDTHS = (16, 32, 64)  # channels of the three convolutions, of strides 1, 2 and 2
 DIM = 4 * WIDTHS[-1]  # of the features
 BATCH = 256  # rows of one compiled call; the last batch is padded up to it
 
@@ -36,7 +36,7 @@ def init(seed: int) -> Any:
 
 
 def apply(params: Any, x: jax.Array) -> jax.Array:
-    """Images f32 [B,H,W,3] in [-1,1] -> features f32 [B,128]: means over the four quarters."""
+    """Images f32 [B,H,W,3] in [-1,1] -> features f32 [B,256]: means over the four quarters."""
     if x.ndim != 4 or min(x.shape[1:3]) < 8 or x.shape[-1] != 3:
         raise InputError(
             f"images of shape {tuple(x.shape)}: the rule is [B,H,W,3] of at least 8 pixels a side"
@@ -58,7 +58,7 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
 
 
 def features(params: Any, images: np.ndarray) -> np.ndarray:
-    """f32 [N,128] of uint8 images [N,H,W,3]."""
+    """f32 [N,256] of uint8 images [N,H,W,3]."""
     images = check_images(images)
     if not len(images):
         raise InputError("no images to take features of; give at least one")

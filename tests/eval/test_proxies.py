@@ -42,7 +42,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    measured: Reference
+    reference: Reference
     training: np.ndarray  # the images of the reference, f32 [N,8,8] in [0,1] like all here
     held_out: np.ndarray
     labels: np.ndarray  # of the held-out ones
@@ -51,7 +51,7 @@ class Bench:
 
     def figures(self, name):
         if name not in self.found:
-            self.found[name] = self.measured.figures(FAULTS[name](self))
+            self.found[name] = self.reference.figures(FAULTS[name](self))
         return self.found[name]
 
     def caught_by(self, name):
@@ -86,9 +86,9 @@ def bench():
 
     training, other, held_out = (images[third] for third in thirds)
     sets = features(training)
-    measured = Reference(features, sets[0], [Gaussian.fitted(Moments.of(x)) for x in sets])
-    floor = measured.figures(other)
-    return Bench(measured, training, held_out, data.target[thirds[2]], floor)
+    reference = Reference(features, sets[0], [Gaussian.fitted(Moments.of(x)) for x in sets])
+    floor = reference.figures(other)
+    return Bench(reference, training, held_out, data.target[thirds[2]], floor)
 
 
 def matched_gaussian(bench):
@@ -156,7 +156,7 @@ def test_only_the_nearest_neighbours_give_copies_of_the_training_set_away(bench)
 
     def copied(images):
         pixels = images.reshape(N, -1)
-        return neighbours.memorisation(pixels, bench.measured.pixels).copied
+        return neighbours.memorisation(pixels, bench.reference.pixels).copied
 
     assert copied(bench.held_out) < 0.01
     assert copied(bench.training) == 1
