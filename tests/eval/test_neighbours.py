@@ -47,14 +47,16 @@ def test_sets_of_one_distribution_score_high_and_distant_ones_zero():
     assert density_coverage(real, features(200, seed=1, shift=9)) == (0, 0)
 
 
-def test_copies_of_the_reals_are_inside_in_any_block():
-    # With features that are no whole numbers, distances of copies agree in exact arithmetic only.
-    real = features(60, 33) * 7 + 100
-    for block in (60, 7):
-        assert precision_recall(real, real[::-1], k=3, block=block) == (1, 1)
-    corner = np.repeat(real[:10], 6, 0)  # radius 0: a ball that holds its copies alone
-    assert precision_recall(corner, real[:10], k=3)[0] == 1
-    assert density_coverage(corner, real[:10], k=3) == (0, 0)
+@pytest.mark.parametrize("block", [300, 299, 7])
+def test_distances_of_copies_are_equal_in_any_block(block):
+    # Features that are no whole numbers: equal in exact arithmetic only, and the sums of products
+    # run in another order where a tile is narrow. A ball of k = 5 holds its centre and four more,
+    # and on its surface the fifth.
+    real = features(300, 64) * 7 + 100
+    assert density_coverage(real, real[::-1], k=5, block=block) == (1, 1)
+    sixfold = np.tile(real[:50], (6, 1))  # every radius is 0: a ball that holds its copies alone
+    assert density_coverage(sixfold, real[:50][::-1], k=5, block=block) == (0, 0)
+    assert precision_recall(sixfold, real[:50][::-1], k=5, block=block)[0] == 1
 
 
 @pytest.mark.parametrize("block", [1, 7, 30, 64])
