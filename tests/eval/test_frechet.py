@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval.frechet import Moments, distance, frechet_distance
+from ldm_jax.eval.frechet import Gaussian, Moments, distance, extrapolated, frechet_distance
 
 
 def features(n, d, seed=0, shift=0.0):
@@ -101,3 +101,67 @@ def test_bad_features_are_refused():
         distance(Moments.of(features(1, 3)), Moments.of(features(5, 3)))
     with pytest.raises(InputError, match="differ"):
         distance(Moments.of(features(5, 4)), Moments.of(features(5, 3)))
+
+
+def test_a_reference_made_once_gives_the_same_distance():
+    a, b = (Moments.of(features(n, 12, seed)) for n, seed in ((60, 1), (8, 2)))
+    reference = Gaussian.fitted(a)
+    assert Gaussian.fitted(b).root.shape == (12, 7)  # of rank 7: eight images
+    assert reference.distance(Gaussian.fitted(b)) == pytest.approx(distance(a, b), rel=1e-12)
+    expected = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    assert reference.distance(Gaussian.fitted(b)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_distance_of_points_without_spread_is_that_of_the_means():
+    still = np.zeros((3, 3))
+    assert frechet_distance(np.zeros(3), still, np.ones(3), still) == 3
+
+
+def test_distance_grows_with_noise():
+    x, reference = features(400, 6), Moments.of(features(400, 6, 1))
+    noise = np.random.default_rng(2).normal(size=x.shape)
+    levels = [distance(Moments.of(x + s * noise), reference) for s in (0, 0.2, 0.5, 1)]
+    assert levels == sorted(levels)
+
+
+def test_extrapolation_removes_the_bias_of_few_images():
+    # The reference is exact, so all of the distance is bias.
+    rng = np.random.default_rng(0)
+    exact = Gaussian.of(np.zeros(20), np.eye(20))
+    found = [
+        extrapolated(rng.normal(size=(600, 20)), exact, seed, smallest=100) for seed in range(6)
+    ]
+    biased = np.mean([f.distances[-1] for f in found])
+    assert found[0].sizes[0] == 100 and found[0].sizes[-1] == 600 and len(found[0].sizes) == 15
+    assert biased > 0.1 and min(f.slope for f in found) > 0
+    assert abs(np.mean([f.value for f in found])) < 0.15 * biased
+
+
+def test_extrapolation_is_the_line_through_its_points_and_of_its_seed():
+    x, reference = features(60, 4), Gaussian.fitted(Moments.of(features(80, 4, 1, shift=0.2)))
+    found = extrapolated(x, reference, 0, smallest=20, points=5)
+    design = np.stack([np.ones(5), 1 / np.array(found.sizes)], 1)
+    line = np.linalg.lstsq(design, np.array(found.distances), rcond=None)[0]
+    np.testing.assert_allclose([found.value, found.slope], line, rtol=1e-9)
+    assert found.sizes == (20, 30, 40, 50, 60)
+    whole = Gaussian.fitted(Moments.of(x)).distance(reference)
+    assert found.distances[-1] == pytest.approx(whole, rel=1e-9)
+    assert extrapolated(x, reference, 0, smallest=20, points=5) == found
+    assert extrapolated(x, reference, 1, smallest=20, points=5).value != found.value
+
+
+def test_extrapolation_refuses_too_few_images():
+    reference = Gaussian.of(np.zeros(4), np.eye(4))
+    with pytest.raises(InputError, match="15 sizes from 5000 to 60 images"):
+        extrapolated(features(60, 4), reference, 0)
+    with pytest.raises(InputError, match="values differ"):
+        extrapolated(features(60, 5), reference, 0, smallest=20)
+    with pytest.raises(InputError, match="not finite"):
+        extrapolated(features(60, 4) * np.nan, reference, 0, smallest=20)
+
+
+def test_statistics_that_are_none_are_refused():
+    with pytest.raises(InputError, match=r"finite \[D\] and \[D,D\]"):
+        Gaussian.of(np.zeros(4), np.eye(3))
+    with pytest.raises(InputError, match="finite"):
+        Gaussian.of(np.zeros(3), np.eye(3) * np.nan)
