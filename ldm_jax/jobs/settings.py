@@ -47,6 +47,7 @@ class AutoencoderRun:
     keep_every: int = 0
     max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
     eval_every: int = 0  # steps between evaluations on held-out images; 0 = none
+    keep_best: str = ""  # figure of the evaluations whose best checkpoint is kept, as psnr_db
     eval_images: int = 256  # of them, spread over the split, in each evaluation
     data_threads: int = 2  # that prepare batches ahead, per process
     images: ImagesConfig = ImagesConfig()
@@ -122,6 +123,7 @@ class DenoiserRun:
     max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
     loss_bins: int = 0  # equal intervals of time whose losses are logged apart; 0 = none
     eval_every: int = 0  # steps between losses of held-out latents, on fixed draws; 0 = none
+    keep_best: str = ""  # figure of the evaluations whose best checkpoint is kept, as loss or fid
     eval_examples: int = 1024  # of them, spread over the split, in each evaluation
     data_threads: int = 2
     autoencoder: str = ""  # workdir of the first stage

@@ -7,6 +7,7 @@ a later job can read one of them alone.
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,15 @@ class Checkpoints:
     """The checkpoints of one run directory."""
 
     def __init__(
-        self, workdir: Path, *, keep: int = 2, keep_every: int = 0, read_only: bool = False
+        self,
+        workdir: Path,
+        *,
+        keep: int = 2,
+        keep_every: int = 0,
+        keep_best: bool = False,
+        read_only: bool = False,
     ):
-        """Keeps the newest `keep` and, when keep_every > 0, every multiple of it.
+        """Keeps the newest `keep`, when keep_every > 0 every multiple of it, and perhaps the best.
 
         read_only leaves the folder alone: the run that it belongs to may be writing in it.
         """
@@ -48,6 +55,11 @@ class Checkpoints:
         policies: list[Any] = [checkpoint_managers.LatestN(keep)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        if keep_best:
+            best = checkpoint_managers.BestN(
+                get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False
+            )
+            policies.append(best)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
@@ -55,6 +67,7 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
             save_interval_steps=0 if read_only else 1,
+            best_fn=_score if keep_best else None,
         )
         self.folder = Path(workdir).absolute() / "checkpoints"
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -69,12 +82,20 @@ class Checkpoints:
         """The newest complete step, by number; None when there is none."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Starts writing the state; returns as soon as its buffers are safe to donate."""
+    def best(self) -> float:
+        """The greatest score that a checkpoint was saved with; -inf where none was."""
+        scores = [self._manager.metrics(step) for step in self._manager.all_steps()]
+        return max((_score(metrics) for metrics in scores if metrics), default=-math.inf)
+
+    def save(self, state: TrainState, meta: dict[str, Any], score: float | None = None) -> None:
+        """Starts writing the state; returns as soon as its buffers are safe to donate.
+
+        The checkpoint of the greatest `score` is the best one.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._write(step, _trees(state), meta)
+        self._write(step, _trees(state), meta, score)
         if jax.process_index() == 0 and len(self._manager.all_steps()) > 1:
             self._mark.touch()
 
@@ -82,10 +103,14 @@ class Checkpoints:
         """Starts writing weights alone, which `load_weights` reads and no training resumes."""
         self._write(step, {"params": params}, meta)
 
-    def _write(self, step: int, trees: dict[str, Any], meta: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, trees: dict[str, Any], meta: dict[str, Any], score: float | None = None
+    ) -> None:
         items: dict[str, Any] = {name: ocp.args.StandardSave(x) for name, x in trees.items()}
         items["meta"] = ocp.args.JsonSave({**meta, "step": step})
-        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+        metrics = None if score is None else {"score": score}
+        args = ocp.args.Composite(**items)
+        if not self._manager.save(step, args=args, metrics=metrics, force=True):
             raise RuntimeError(f"checkpoint of step {step} was not written to {self.folder}")
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -161,6 +186,10 @@ class Checkpoints:
     def reached_preemption(self, step: int) -> bool:
         """Whether the machine is being taken away, the same answer on every process."""
         return jax.process_count() > 1 and self._manager.reached_preemption(step)
+
+
+def _score(metrics: Any) -> float:
+    return metrics["score"]
 
 
 def _trees(state: TrainState) -> dict[str, Any]:

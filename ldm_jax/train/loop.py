@@ -35,11 +35,17 @@ class Config:
     keep_checkpoints: int = 2  # newest ones
     keep_every: int = 0  # and every multiple of this; 0 = none
     eval_every: int = 0  # steps between evaluations, and one at the end; 0 = none
+    keep_best: str = ""  # begins the name of the figure whose best checkpoint is kept; "" = none
     max_bad_steps: int = 0  # in a row, of a loss or gradient that is not finite; skipped till then
 
     def __post_init__(self):
         if self.eval_every < 0:
             raise InputError(f"eval_every {self.eval_every} must be at least 0, which is never")
+        if self.keep_best and not self.eval_every:
+            raise InputError(
+                f"keep_best {self.keep_best!r} is a figure of evaluations, and eval_every is 0; "
+                "set --config.eval_every"
+            )
         if self.max_bad_steps < 0:
             raise InputError(
                 f"max_bad_steps {self.max_bad_steps} must be at least 0, which stops at the first"
@@ -49,6 +55,7 @@ class Config:
                 raise InputError(f"{field} {getattr(self, field)} must be at least 1")
 
 
+GREATER_IS_BETTER = ("psnr", "ssim", "is", "precision", "recall", "density", "coverage")
 # (state, step) -> figures, and pictures uint8 [H,W,3], both by name.
 Evaluate = Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
 
@@ -101,8 +108,14 @@ def train(
     """
     is_main = jax.process_index() == 0
     lock = lock_workdir(workdir) if is_main else None
-    checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints, keep_every=config.keep_every)
+    checkpoints = Checkpoints(
+        workdir,
+        keep=config.keep_checkpoints,
+        keep_every=config.keep_every,
+        keep_best=bool(config.keep_best),
+    )
     meter, start = Meter(), checkpoints.latest() or 0
+    best, score = checkpoints.best() if config.keep_best else 0.0, None
     if start > config.num_steps:
         raise InputError(
             f"num_steps {config.num_steps} is less than the {start} that workdir {workdir} has "
@@ -115,7 +128,7 @@ def train(
         meter = Meter(meta["pending_metrics"], meta.get("skipped_in_a_row", 0))
     snapshots = Snapshots(workdir) if snapshot_every else None
     writer = make_writer(workdir, resume_step=start, is_main=is_main)
-    save = lambda: checkpoints.save(state, meter.content())  # noqa: E731
+    save = lambda: checkpoints.save(state, meter.content(), score)  # noqa: E731
     bar = _progress(name, start, config.num_steps, is_main)
     stream, late, owed = batches(start), None, False
     clock, clock_step = time.perf_counter(), start
@@ -138,7 +151,7 @@ def train(
                     if n % config.log_every == 0:
                         clock, clock_step = time.perf_counter(), n
                 late = metrics, host.get("index", ())
-                done = n + 1
+                done, score = n + 1, None
                 stopping = bool(stop.signal) or checkpoints.reached_preemption(done)
                 last = done == config.num_steps
                 saving = stopping or owed or done % config.checkpoint_every == 0 or last
@@ -150,12 +163,16 @@ def train(
                 if evaluate and due:
                     began = time.perf_counter()
                     try:
-                        _write_evaluation(*evaluate(state, done), done, writer)
+                        figures, pictures = evaluate(state, done)
+                        score = score_of(figures, config.keep_best)
+                        _write_evaluation(figures, pictures, done, writer)
                     except Exception:
                         if jax.process_count() == 1:
                             save()  # what was trained outlives a fault in judging it
                         raise
                     clock += time.perf_counter() - began  # no part of the images per second
+                    if score is not None and score > best:
+                        best, saving = score, True
                 if snapshots and keeping:
                     snapshots.save(state)
                 # What cannot take a step may be past mending: the last good checkpoint stays.
@@ -235,6 +252,21 @@ def _write_evaluation(scalars, images, done, writer) -> None:
     writer.write_scalars(done, {f"eval/{name}": value for name, value in scalars.items()})
     writer.write_images(done, {f"eval/{name}": image for name, image in images.items()})
     writer.flush()
+
+
+def score_of(figures: dict[str, float], keep_best: str) -> float | None:
+    """What is greater the better the figure named is; None where no figure is.
+
+    Raises InputError where the evaluation has no such figure.
+    """
+    if not keep_best:
+        return None
+    for name, value in figures.items():
+        if name.startswith(keep_best):
+            return value if name.startswith(GREATER_IS_BETTER) else -value
+    raise InputError(
+        f"keep_best {keep_best!r} begins no figure of the evaluation; it has {sorted(figures)}"
+    )
 
 
 def _progress(name: str, start: int, total: int, is_main: bool) -> tqdm:

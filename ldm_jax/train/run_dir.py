@@ -28,6 +28,7 @@ FREE_FIELDS = (
     "keep_every",
     "max_bad_steps",
     "eval_every",
+    "keep_best",
     "eval_images",
     "init_from",  # its weights' hash counts
     "eval_examples",

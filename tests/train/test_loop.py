@@ -249,7 +249,7 @@ def test_unreadable_checkpoint_stops_the_run_and_is_kept(mesh, tmp_path):
 def test_what_a_checkpoint_is_given_stays_as_it_was(mesh, tmp_path, monkeypatch):
     """It is written in the background, while later steps add metrics."""
     given = []
-    keep = lambda self, state, meta: given.append((meta, copy.deepcopy(meta)))  # noqa: E731
+    keep = lambda self, state, meta, score: given.append((meta, copy.deepcopy(meta)))  # noqa: E731
     monkeypatch.setattr(Checkpoints, "save", keep)
     run(tmp_path, mesh, config=dataclasses.replace(CONFIG, log_every=100, checkpoint_every=2))
     assert [len(meta["pending_metrics"]) for _, meta in given] == [2, 4, 6, 0]

@@ -13,6 +13,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.log import read_metrics
+from ldm_jax.train.loop import score_of
 from tests.train.test_loop import CONFIG, Broken, Data, metrics, run, step
 
 EVALUATED = dataclasses.replace(CONFIG, eval_every=2)
@@ -88,8 +89,8 @@ def test_a_kill_while_a_checkpoint_is_made_loses_no_line(mesh, tmp_path, unbroke
     config = dataclasses.replace(EVALUATED, checkpoint_every=4)
     save = Checkpoints.save
 
-    def killed(self, state, meta):
-        save(self, state, meta)
+    def killed(self, state, meta, score):
+        save(self, state, meta, score)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Checkpoints, "save", killed)
@@ -142,3 +143,45 @@ def test_the_rate_leaves_the_time_of_evaluations_out(mesh, tmp_path):
 def test_a_negative_interval_is_refused():
     with pytest.raises(InputError, match="eval_every -1 must be at least 0"):
         dataclasses.replace(CONFIG, eval_every=-1)
+
+
+def scored(figures):
+    """An evaluation that gives `figures` by step, in the order of better last."""
+    return lambda state, done: ({"noise": 0.0, "loss": figures[done]}, {})
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest_and_saved_when_it_is_found(mesh, tmp_path):
+    config = dataclasses.replace(
+        EVALUATED, keep_best="loss", keep_checkpoints=1, checkpoint_every=100
+    )
+    figures = {2: 3.0, 4: 1.0, 6: 2.0, 7: 5.0}
+    run(tmp_path, mesh, config=config, evaluate=scored(figures))
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [4, 7]
+    # A resumed run knows the best of the run before: 1.5 is none.
+    longer = dataclasses.replace(config, num_steps=9)
+    run(tmp_path, mesh, config=longer, evaluate=scored({8: 1.5, 9: 6.0}))
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [4, 9]
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "figures", "score"),
+    [
+        ("", {"loss": 1.0}, None),
+        ("loss", {"l2": 9.0, "loss": 1.0}, -1.0),
+        ("psnr", {"psnr_db": 30.0}, 30.0),
+        ("fid", {"precision1k-adm-0": 0.5, "fid1k-adm-0": 7.0}, -7.0),
+        ("precision", {"precision1k-adm-0": 0.5}, 0.5),
+    ],
+)
+def test_the_score_is_greater_the_better_the_figure(keep_best, figures, score):
+    assert score_of(figures, keep_best) == score
+
+
+def test_a_best_figure_that_no_evaluation_has_is_refused(mesh, tmp_path):
+    config = dataclasses.replace(EVALUATED, keep_best="fid")
+    with pytest.raises(InputError, match="keep_best 'fid' begins no figure"):
+        run(tmp_path, mesh, config=config, evaluate=scored({2: 1.0}))
+    with pytest.raises(InputError, match="eval_every is 0"):
+        dataclasses.replace(CONFIG, keep_best="loss")
