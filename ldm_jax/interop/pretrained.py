@@ -113,26 +113,32 @@ def read(name: str, file: str = "") -> Weights:
 def convert(name: str, paths: Sequence[Path]) -> Any:
     """A network's parameters f32 from the files that together hold its tensors.
 
-    Every tensor must be used once or be known as of no use. Raises InputError for tensors that are
-    missing, left over, of another shape or not finite.
+    Raises InputError for tensors that are missing, left over, of another shape or not finite.
     """
-    network, tensors = NETWORKS[name], {}
+    tensors: dict[str, np.ndarray] = {}
     for path in paths:
-        for key, array in read_tensors(path).items():
-            if re.fullmatch(network.unused, key):
-                continue
+        for key, array in _used(name, read_tensors(path)).items():
             if key in tensors:
                 raise InputError(f"{path} holds {key} once more; give each file of {name} once")
             tensors[key] = tensor_file.to_f32(path, key, array)
-    paths_of_ours = flatten(network.shapes()).keys()
     try:
-        if tensors.keys() & paths_of_ours:
-            ours = {path: Entry((path,), SAME) for path in paths_of_ours}
-            return to_ours(ours, tensors, network.shapes())
-        return network.params(tensors)
+        return from_tensors(name, tensors)
     except InputError as error:
         told = ", ".join(map(str, paths))
         raise InputError(f"{told}: {error}; those of {name} are expected") from error
+
+
+def from_tensors(name: str, tensors: Mapping[str, np.ndarray]) -> Any:
+    """A network's parameters from tensors by their published names or by ours.
+
+    Each is used once or known as of no use; InputError where one is missing, left over or of
+    another shape.
+    """
+    network, tensors = NETWORKS[name], _used(name, tensors)
+    paths = flatten(network.shapes()).keys()
+    if tensors.keys() & paths:
+        return to_ours({p: Entry((p,), SAME) for p in paths}, tensors, network.shapes())
+    return network.params(tensors)
 
 
 def save(path: Path, params: Mapping[str, Any], origin: Mapping[str, str]) -> None:
@@ -141,8 +147,18 @@ def save(path: Path, params: Mapping[str, Any], origin: Mapping[str, str]) -> No
     arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in flatten(params).items()}
     told = ", ".join(f"{name} sha256:{digest}" for name, digest in origin.items())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tensor_file.write(temporary, arrays, {"origin": told, "tensors": _digest(arrays)})
+    tensor_file.write(temporary, arrays, {"origin": told, "tensors": digest(arrays)})
     temporary.replace(path)
+
+
+def digest(params: Mapping[str, Any]) -> str:
+    """sha256 hex of parameters themselves, for networks that come from no file."""
+    sha = hashlib.sha256()
+    for name, leaf in sorted(flatten(params).items()):
+        array = np.ascontiguousarray(leaf)
+        sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        sha.update(array)
+    return sha.hexdigest()
 
 
 def check_readable(file: str | Path) -> None:
@@ -168,6 +184,11 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensor_file.read_raw(path)
 
 
+def _used(name: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    unused = NETWORKS[name].unused
+    return {key: a for key, a in tensors.items() if not re.fullmatch(unused, key)}
+
+
 def _origin(path: Path) -> list[str]:
     """The digests of what our own file was made from, none for another's file.
 
@@ -176,16 +197,8 @@ def _origin(path: Path) -> list[str]:
     told = tensor_file.metadata(path) if path.suffix == ".safetensors" else {}
     if "tensors" not in told:
         return []
-    if _digest(tensor_file.read_raw(path)) != told["tensors"]:
+    if digest(tensor_file.read_raw(path)) != told["tensors"]:
         raise InputError(
             f"{path} is damaged: its tensors changed since they were written; make it again"
         )
     return re.findall(r"sha256:([0-9a-f]{64})", told.get("origin", ""))
-
-
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    sha = hashlib.sha256()
-    for name in sorted(arrays):
-        sha.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape}".encode())
-        sha.update(np.ascontiguousarray(arrays[name]))
-    return sha.hexdigest()

@@ -1,7 +1,6 @@
 """Published weights of frozen networks become our trees, and nothing else does."""
 
 import io
-import re
 import sys
 import zipfile
 
@@ -10,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import frozen_names, pretrained, published, vit_names
+from ldm_jax.interop import pretrained, published, vit_names
 from ldm_jax.interop.names import flatten
 from ldm_jax.models import clip, dinov2, inception, perceptual_net, vgg
 from tests import frozen
@@ -27,7 +26,7 @@ def narrow(monkeypatch):
 
 
 def test_every_tensor_of_lpips_arrives_where_it_belongs(lpips):
-    params = frozen_names.lpips_params(lpips)
+    params = pretrained.from_tensors("lpips", lpips)
     used = 0
     for b, positions in enumerate(frozen.POSITIONS):
         for i, position in enumerate(positions):
@@ -55,7 +54,7 @@ def test_lpips_under_other_names_is_the_same(lpips, tmp_path):
         )
         of_package[f"net.slice{piece + 1}.{tail}" if tail else name] = tensor
     with_classifier = lpips | {"classifier.6.weight": np.zeros((1000, 4096), np.float32)}
-    expected = flatten(frozen_names.lpips_params(lpips))
+    expected = flatten(pretrained.from_tensors("lpips", lpips))
     for tensors in (of_package, with_classifier, expected):
         save_file(
             {n: np.ascontiguousarray(t) for n, t in tensors.items()}, tmp_path / "a.safetensors"
@@ -67,7 +66,7 @@ def test_lpips_under_other_names_is_the_same(lpips, tmp_path):
 
 def test_a_saved_file_loads_bit_for_bit_from_its_default_place(lpips, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    params = frozen_names.lpips_params(lpips)
+    params = pretrained.from_tensors("lpips", lpips)
     path = tmp_path / "ldm_jax" / "weights" / "lpips.safetensors"
     pretrained.save(path, params, {"the test": "0" * 64})
     assert list(path.parent.iterdir()) == [path]
@@ -112,7 +111,7 @@ def test_weights_know_whose_they_are(narrow, tmp_path, monkeypatch):
 
 def test_a_changed_bit_of_our_own_file_is_found(narrow, tmp_path):
     path = tmp_path / "own.safetensors"
-    params = frozen_names.inception_params(without_counters(frozen.fid_inception()))
+    params = pretrained.from_tensors("inception", frozen.fid_inception())
     pretrained.save(path, params, {"a.pth": "0" * 64})
     content = bytearray(path.read_bytes())
     content[-1000] ^= 1
@@ -131,15 +130,10 @@ def test_digests_of_several_files_join_whatever_their_order():
     assert not published.is_published("dinov2-vitl14", [""])
 
 
-def without_counters(tensors):
-    unused = pretrained.NETWORKS["inception"].unused
-    return {name: t for name, t in tensors.items() if not re.fullmatch(unused, name)}
-
-
 def test_folding_is_the_norm_after_the_convolution(narrow):
     """In f64 on one pixel; the folded numbers are rounded to f32 once."""
-    tensors = without_counters(frozen.fid_inception())
-    params = flatten(frozen_names.inception_params(tensors))
+    tensors = frozen.fid_inception()
+    params = flatten(pretrained.from_tensors("inception", tensors))
     shapes = {path: leaf.shape for path, leaf in flatten(inception.shapes()).items()}
     assert {path: a.shape for path, a in params.items()} == shapes
     for path in shapes:
@@ -161,8 +155,8 @@ def test_folding_is_the_norm_after_the_convolution(narrow):
 
 
 def test_a_dense_layer_after_a_map_takes_its_rows_in_our_order(narrow):
-    tensors = {n: t for n, t in frozen.vgg16().items() if not n.startswith("classifier.6")}
-    kernel = frozen_names.vgg16_params(tensors)["fc1"]["kernel"]
+    tensors = frozen.vgg16()
+    kernel = pretrained.from_tensors("vgg16", tensors)["fc1"]["kernel"]
     channels = perceptual_net.BLOCKS[-1][-1]
     weight = tensors["classifier.0.weight"].reshape(-1, channels, 7, 7)  # [out, C, H, W]
     assert kernel.reshape(7, 7, channels, -1)[2, 5, 3, 4] == weight[4, 3, 2, 5]
@@ -196,21 +190,21 @@ def test_lpips_that_does_not_fit_is_refused(lpips):
         ({}, "31 missing"),
     ):
         with pytest.raises(InputError, match=match):
-            frozen_names.lpips_params(tensors)
+            pretrained.from_tensors("lpips", tensors)
 
 
 def test_another_inception_is_refused(narrow):
-    tensors = without_counters(frozen.fid_inception())
+    tensors = frozen.fid_inception()
     with pytest.raises(InputError, match=r"fc\.weight \(1000, 128\) instead of \(1008, 128\)"):
-        frozen_names.inception_params(tensors | {"fc.weight": np.zeros((1000, 128))})
+        pretrained.from_tensors("inception", tensors | {"fc.weight": np.zeros((1000, 128))})
     with pytest.raises(InputError, match=r"1 unknown: AuxLogits\.conv0"):
-        frozen_names.inception_params(tensors | {"AuxLogits.conv0": np.zeros(1)})
+        pretrained.from_tensors("inception", tensors | {"AuxLogits.conv0": np.zeros(1)})
     negative = {"Mixed_7c.branch1x1.bn.running_var": np.full(20, -1.0, np.float32)}
     with pytest.raises(InputError, match="running variance is negative"):
-        frozen_names.inception_params(tensors | negative)
+        pretrained.from_tensors("inception", tensors | negative)
     del tensors["Mixed_6b.branch7x7_2.conv.weight"]
     with pytest.raises(InputError, match=r"1 missing: Mixed_6b\.branch7x7_2\.conv\.weight"):
-        frozen_names.inception_params(tensors)
+        pretrained.from_tensors("inception", tensors)
 
 
 def test_every_kind_of_file_gives_the_same_network(narrow, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import frozen_names, pretrained, published
+from ldm_jax.interop import pretrained, published
 from ldm_jax.jobs import weights
 from ldm_jax.models import perceptual_net
 from tests.parity import reference
@@ -68,7 +68,7 @@ def lin_file():
 
 @functools.cache
 def our_params():
-    return frozen_names.lpips_params(reference.tensors(their_model()))
+    return pretrained.from_tensors("lpips", reference.tensors(their_model()))
 
 
 def inputs(height, width):
