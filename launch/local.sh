@@ -31,10 +31,10 @@ install() {
   "$bin/python" -m pip install --quiet --disable-pip-version-check \
     -c "$root/constraints.txt" -e "$root[$extras]"
   if [ "$extras" = parity ]; then
-    # Alone too: it asks for torchvision, whose build would have to match that of PyTorch, and of
-    # which the comparisons need nothing.
+    # Alone too: two of them ask for torchvision, whose build would have to match that of PyTorch,
+    # and of which the comparisons need nothing; the third has all it needs.
     "$bin/python" -m pip install --quiet --disable-pip-version-check --no-deps \
-      -c "$root/constraints.txt" lpips
+      -c "$root/constraints.txt" lpips prdc torch-fidelity
   fi
   printf '%s' "$want" >"$stamp"
 }
