@@ -14,10 +14,11 @@ import optax
 
 from ldm_jax.errors import InputError
 from ldm_jax.eval.frechet import Moments, distance
-from ldm_jax.eval.images_out import check_images, read_npz, write_atomically
+from ldm_jax.eval.images_out import check_images, write_atomically
 from ldm_jax.keys import key_for
 from ldm_jax.models import classifier
 from ldm_jax.models.autoencoder import to_unit
+from ldm_jax.npz import read_npz
 
 BATCH = 256  # rows of one compiled inference call; the last batch is padded up to it
 

@@ -3,9 +3,7 @@
 import io
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.errors import InputError
+from ldm_jax.npz import read_npz
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
@@ -89,38 +88,6 @@ def load_npz(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     images = check_images(arrays["arr_0"], f"{path}: arr_0")
     labels = arrays.get("arr_1")
     return images, None if labels is None else _check_labels(labels, len(images), f"{path}: arr_1")
-
-
-def read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz`; raises InputError where it is missing, broken or holds pickles."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return {
-                member.filename.removesuffix(".npy"): _read_member(archive, member)
-                for member in archive.infolist()
-            }
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; check the path") from None
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
-        raise InputError(f"{path} is not a whole .npz file of plain arrays: {error}") from error
-
-
-def _read_member(archive, member):
-    with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"{member.filename} has format version {version}")
-        read = np.lib.format.read_array_header_1_0
-        if version == (2, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        # A header may promise terabytes; numpy would allocate them before it misses the data.
-        if file.tell() + prod(shape) * dtype.itemsize != member.file_size:
-            raise ValueError(
-                f"{member.filename} does not hold the {dtype} {shape} its header names"
-            )
-    with archive.open(member) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def check_images(images: np.ndarray, name: str = "images") -> np.ndarray:

@@ -19,6 +19,7 @@ from ldm_jax.jobs import (
     train_denoiser,
 )
 from ldm_jax.jobs.first_stage import load_first_stage
+from ldm_jax.jobs.first_stage_evaluation import reconstruct
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.log import read_metrics
 
@@ -143,7 +144,7 @@ def _grids(autoencoder_dir: Path, denoiser_dir: Path) -> list[tuple[str, np.ndar
     source = images.open_images(first_stage.run.images, "held_out", augment=False)
     indices = np.arange(20, dtype=np.int64)
     originals = source.read(indices, indices)["image"]
-    rebuilt = evaluate.reconstruct(first_stage, originals, mesh)
+    rebuilt = reconstruct(first_stage, originals, mesh)
     sample_settings = sample.Settings(num=100, steps=STEPS, guidance=GUIDANCE)
     path = sample.run(denoiser_dir, sample_settings)
     samples = np.load(path)["arr_0"]

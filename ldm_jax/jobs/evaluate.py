@@ -13,15 +13,14 @@ import numpy as np
 
 from ldm_jax.data import images
 from ldm_jax.errors import InputError
-from ldm_jax.eval import digits, frechet
 from ldm_jax.eval.first_stage import measure
 from ldm_jax.interop import pretrained
 from ldm_jax.jobs import sample
+from ldm_jax.jobs.digit_evaluation import open_judge, sample_figures
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.jobs.first_stage_evaluation import (
     compile_lpips,
     compile_reconstruction,
-    reconstruct,
     spread,
 )
 from ldm_jax.jobs.settings import AutoencoderRun, build
@@ -85,13 +84,6 @@ def find_lpips(
     return compile_lpips(pretrained.load("lpips", file))
 
 
-def all_images(source: images.Images) -> tuple[np.ndarray, np.ndarray]:
-    """A whole split: uint8 [N,H,W,3] and labels [N]. For small data sets."""
-    indices = np.arange(len(source), dtype=np.int64)
-    batch = source.read(indices, indices)
-    return batch["image"], batch["label"]
-
-
 def reconstruction_figures(
     workdir: Path,
     limit: int = NUM_RECONSTRUCTIONS,
@@ -127,48 +119,8 @@ def reconstruction_figures(
 
 
 def digit_figures(workdir: Path, settings: sample.Settings) -> Figures:
-    """Accuracy and Fréchet distance of samples, by a classifier trained on the real digits.
-
-    The classifier is kept as `classifier.npz` in the workdir. The Fréchet distance is to all real
-    digits; beside it stand its two natural yardsticks, that between halves of the real digits and
-    that of their reconstructions by the first stage alone.
-    """
+    """Figures of a denoiser's samples, see `digit_evaluation`; WORKDIR/classifier.npz judges."""
     model = sample.load_model(workdir, settings)
-    config = model.first_stage.run.images
-    if config.source != "digits":
-        raise InputError(
-            f"this denoiser was trained on {config.source!r}; `ldm evaluate` judges samples of the "
-            "digits only, others need a pretrained network; use `ldm sample` and your own tool"
-        )
-    train_images, train_labels = all_images(images.open_images(config, "train", augment=False))
-    held_out, held_out_labels = all_images(images.open_images(config, "held_out", augment=False))
-    judge = digit_judge(Path(workdir) / "classifier.npz", train_images, train_labels)
-    real = np.concatenate([train_images, held_out])
-    real_labels = np.concatenate([train_labels, held_out_labels])
-
-    pictures, labels = sample.sample(model, settings)
-    rebuilt = reconstruct(model.first_stage, real, model.mesh)
-    real_features = digits.features(judge, real)
-    to_real = lambda p: frechet.distance(  # noqa: E731
-        frechet.Moments.of(digits.features(judge, p)), frechet.Moments.of(real_features)
-    )
-    halves = digits.half_distance(real_features, real_labels, seed=0)
-    return {
-        "classifier_held_out_accuracy": digits.evaluate(judge, held_out, held_out_labels),
-        "sample_accuracy": digits.evaluate(judge, pictures, labels),
-        "frechet_samples": to_real(pictures),
-        "frechet_autoencoder_alone": to_real(rebuilt),
-        "frechet_halves_of_real": halves.mean,
-        "frechet_halves_of_real_std": halves.spread,
-        "num_samples": float(len(pictures)),
-        "step": float(model.step),
-    }
-
-
-def digit_judge(path: Path, train_images: np.ndarray, train_labels: np.ndarray) -> Any:
-    """The classifier at `path`, trained and saved there when there is none."""
-    if path.exists():
-        return digits.load(path)
-    judge = digits.train_classifier(train_images, train_labels, seed=0)
-    digits.save(judge, path)
-    return judge
+    judge = open_judge(model.first_stage, model.mesh, Path(workdir) / "classifier.npz")
+    figures = sample_figures(judge, *sample.sample(model, settings))
+    return figures | {"step": float(model.step)}

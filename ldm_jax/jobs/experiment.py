@@ -1,7 +1,8 @@
-"""`ldm experiment`: the same first stages but for what is compared, over seeds, and one table.
+"""`ldm experiment`: the same runs but for what is compared, over seeds, and one table.
 
-Each run trains in its own folder of the workdir, WORKDIR/ARM-seedN, and is evaluated on the
-held-out images. Started again, finished runs are kept and the others go on.
+A plan with `samples` is one of denoisers: see `denoiser_experiment`. Of first stages, each run
+trains in its own folder of the workdir, WORKDIR/ARM-seedN, and is evaluated on the held-out images.
+Started again, finished runs are kept and the others go on.
 """
 
 from pathlib import Path
@@ -11,20 +12,38 @@ import jax
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import evaluate, train_autoencoder
+from ldm_jax.jobs import denoiser_experiment, evaluate, train_autoencoder
 from ldm_jax.jobs.settings import AutoencoderRun, build, load_config_file
 from ldm_jax.train.run_dir import open_experiment, read_json, read_run, write_json
 
 Results = dict[str, list[dict[str, float]]]  # arm -> figures of each seed
 
 
-def run(spec: str, workdir: Path) -> Results:
+def run(spec: str, workdir: Path) -> Any:
     """Trains and measures every arm for every seed; writes results.json and results.md.
 
-    The file's get_config gives {"arms": {name: fields of a run}, "seeds": (...)}. Raises InputError
-    for fields of an arm that make no valid run, before any training.
+    The file's get_config gives {"arms": {name: fields of a run}, "seeds": (...)}, for denoisers
+    more. Raises InputError for fields of an arm that make no valid run, before any training.
     """
     plan = load_config_file(spec)
+    compare = _denoisers if "samples" in plan else _first_stages
+    results = compare(spec, plan, Path(workdir))
+    if jax.process_index() == 0:
+        print((Path(workdir) / "results.md").read_text(encoding="utf-8"))
+    return results
+
+
+def _denoisers(spec: str, plan: dict[str, Any], workdir: Path) -> list[denoiser_experiment.Row]:
+    checked = denoiser_experiment.read_plan(plan)
+    open_experiment(workdir, plan)
+    rows = denoiser_experiment.run(checked, workdir)
+    if jax.process_index() == 0:
+        made_with = read_run(workdir / denoiser_experiment.FIRST_STAGE)
+        _write(workdir, plan, rows, made_with, denoiser_experiment.table(rows))
+    return rows
+
+
+def _first_stages(spec: str, plan: dict[str, Any], workdir: Path) -> Results:
     if not {"arms", "seeds"} <= plan.keys() or not plan["arms"] or not plan["seeds"]:
         raise InputError(f"experiment {spec} must give `arms` and `seeds`, at least one of each")
     runs = {
@@ -36,12 +55,10 @@ def run(spec: str, workdir: Path) -> Results:
     results: Results = {arm: [] for arm in runs}
     for i in range(len(plan["seeds"])):
         for arm, of_arm in runs.items():
-            folder = Path(workdir) / f"{arm}-seed{of_arm[i].seed}"
+            folder = workdir / f"{arm}-seed{of_arm[i].seed}"
             results[arm].append(_figures(of_arm[i], folder))
             if jax.process_index() == 0:
-                _write(workdir, plan, results, read_run(folder))
-    if jax.process_index() == 0:
-        print((Path(workdir) / "results.md").read_text(encoding="utf-8"))
+                _write(workdir, plan, results, read_run(folder), table(results))
     return results
 
 
@@ -57,12 +74,14 @@ def _figures(run: AutoencoderRun, folder: Path) -> dict[str, float]:
     return figures
 
 
-def _write(workdir: Path, plan: dict[str, Any], results: Results, run: dict[str, Any]) -> None:
+def _write(
+    workdir: Path, plan: dict[str, Any], results: Any, run: dict[str, Any], table: str
+) -> None:
     """The figures, beside the plan and what they were made with."""
     made_with = {name: run[name] for name in ("command", "git", "python", "packages", "devices")}
     record = {"plan": plan, "made_with": made_with, "results": results}
-    write_json(Path(workdir) / "results.json", record)
-    (Path(workdir) / "results.md").write_text(table(results), encoding="utf-8")
+    write_json(workdir / "results.json", record)
+    (workdir / "results.md").write_text(table, encoding="utf-8")
 
 
 COLUMNS = ("psnr_db", "ssim", "sharpness", "lpips")

@@ -200,12 +200,14 @@ def _typed(kind: Any, value: Any, field: str) -> Any:
     return value
 
 
-def config_dict(cls: type, overrides: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The defaults of `cls` with a config file's values on top: every field that there is.
+def config_dict(cls: type, *layers: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The defaults of `cls` with a config file's values, and others, on top: every field there is.
 
     Values are not checked yet: the command line may still mend them.
     """
-    filled = _fill(cls, default_fields(cls), overrides, "config")
+    filled = default_fields(cls)
+    for values in layers:
+        filled = _fill(cls, filled, values, "config")
     return ml_collections.ConfigDict(filled, convert_dict=True)
 
 

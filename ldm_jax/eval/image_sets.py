@@ -1,0 +1,160 @@
+"""Images to measure, a batch in memory at a time: of an `.npz` in ADM's layout or of a folder."""
+
+import dataclasses
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ldm_jax import npz
+from ldm_jax.data import folder
+from ldm_jax.errors import InputError
+
+MAX_PIXELS = 64 << 20  # of one image; a small file can hold gigabytes
+Batches = Callable[[int, int, int], Iterator[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageSet:
+    """uint8 RGB images of one size."""
+
+    path: str
+    num: int
+    size: tuple[int, int]  # height, width
+    labels: np.ndarray | None  # int64 [num]
+    digest: str  # sha256 hex: of the file, or of a folder's sorted names and bytes per file
+    batches: Batches  # (start, stop, b) -> the images [start, stop), uint8 [<= b,H,W,3] each
+
+    def reader(self, rows: int) -> Callable[[np.ndarray], np.ndarray]:
+        """indices [n <= rows] -> uint8 [n,H,W,3], for calls that go on where the last one ended."""
+        stream, after = iter(()), -1
+
+        def read(indices: np.ndarray) -> np.ndarray:
+            nonlocal stream, after
+            if not len(indices):
+                return np.zeros((0, *self.size, 3), np.uint8)
+            if after < 0:
+                stream = self.batches(int(indices[0]), self.num, rows)
+            assert after in (-1, indices[0]), f"images {indices[0]} on, after {after}"
+            after = int(indices[-1]) + 1
+            return next(stream)[: len(indices)]
+
+        return read
+
+
+def open_images(path: str | os.PathLike, *, sha256: str = "") -> ImageSet:
+    """The images of an `.npz` (`arr_0`, classes in `arr_1`) or those under a folder, sorted.
+
+    Raises InputError before any image is decoded: for another digest than `sha256`, headers that
+    lie, images of different sizes and of more than 64 megapixels.
+    """
+    found = _folder(str(path)) if "://" in str(path) or Path(path).is_dir() else _file(path)
+    if sha256 and found.digest != sha256:
+        raise InputError(
+            f"images {path} have digest {found.digest}, but {sha256} is asked for; fetch them again"
+        )
+    return found
+
+
+def _file(path) -> ImageSet:
+    headers = npz.headers(path)
+    header = headers.get("arr_0")
+    if header is None:
+        raise InputError(
+            f"{path} holds {sorted(headers)}: images are uint8 [N,H,W,3] under `arr_0`; write them "
+            "with `ldm sample`"
+        )
+    shape = header.shape
+    whole = len(shape) == 4 and shape[-1] == 3 and min(shape) > 0 and header.dtype == np.uint8
+    if not whole or header.fortran:
+        raise InputError(
+            f"{path}: arr_0 is {header.dtype} {shape}{' in Fortran order' * header.fortran}: the "
+            "rule is uint8 [N,H,W,3] in C order; write it again"
+        )
+    _check_pixels(shape[1] * shape[2], path)
+    return ImageSet(
+        path=str(path),
+        num=shape[0],
+        size=(shape[1], shape[2]),
+        labels=_labels(path, headers, shape[0]),
+        digest=npz.sha256(path),
+        batches=lambda start, stop, size: npz.rows(path, "arr_0", start, stop, size),
+    )
+
+
+def _labels(path, headers, num):
+    if "arr_1" not in headers:
+        return None
+    header = headers["arr_1"]
+    if header.shape != (num,) or header.dtype.kind not in "iu":
+        raise InputError(
+            f"{path}: arr_1 is {header.dtype} {header.shape}: the rule is one integer per image, "
+            f"[{num}]"
+        )
+    return npz.read_npz(path, "arr_1")["arr_1"].astype(np.int64)
+
+
+def _folder(root) -> ImageSet:
+    names = folder.image_files(root)
+    hashed, sizes = hashlib.sha256(), {}
+    for name in names:
+        (width, height), length = _measure(root, name)
+        _check_pixels(width * height, f"{root}/{name}")
+        sizes.setdefault((height, width), name)
+        hashed.update(f"{name}\0{length}\n".encode())
+    if len(sizes) > 1:
+        (a, first), (b, second) = list(sizes.items())[:2]
+        raise InputError(
+            f"images under {root} have different sizes ({first} {a}, {second} {b}, height and "
+            "width); crop them to one as the samples are"
+        )
+    (size,) = sizes
+
+    def batches(start: int, stop: int, count: int) -> Iterator[np.ndarray]:
+        for at in range(start, min(stop, len(names)), count):
+            part = names[at : min(at + count, stop)]
+            images = [np.asarray(folder.read_image(root, name)) for name in part]
+            for name, image in zip(part, images, strict=True):
+                if image.shape != (*size, 3):
+                    raise InputError(
+                        f"image {root}/{name} is {image.shape[:2]} when it stands upright, others "
+                        f"{size}; crop them to one size"
+                    )
+            yield np.stack(images)
+
+    return ImageSet(
+        path=root,
+        num=len(names),
+        size=size,
+        labels=None,
+        digest=hashed.hexdigest(),
+        batches=batches,
+    )
+
+
+def _measure(root, name) -> tuple[tuple[int, int], int | str]:
+    """((width, height), bytes) of a local file by its header; of others their pixels' sha256."""
+    path = f"{root.rstrip('/')}/{name}"
+    if "://" in root:
+        image = folder.read_image(root, name)
+        return image.size, hashlib.sha256(image.tobytes()).hexdigest()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our rule is stricter
+            with Image.open(path) as image:
+                return image.size, os.path.getsize(path)
+    except Exception as error:  # PIL lets a dozen kinds of exceptions out on broken files
+        raise InputError(
+            f"cannot read image {path}: {type(error).__name__}: {error}; replace or remove it"
+        ) from error
+
+
+def _check_pixels(pixels, name):
+    if pixels > MAX_PIXELS:
+        raise InputError(
+            f"{name} has {pixels} pixels an image: the most is {MAX_PIXELS}; shrink the images"
+        )

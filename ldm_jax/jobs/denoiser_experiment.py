@@ -1,0 +1,119 @@
+"""`ldm experiment` on denoisers: one first stage, arms that share its latents, samples compared.
+
+WORKDIR/autoencoder is trained and cached first, then each WORKDIR/ARM-seedN, whose samples are
+drawn in every way that the plan names and judged on the digits. Started again, what is finished is
+kept.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ldm_jax.errors import InputError
+from ldm_jax.jobs import cache_latents, sample, train_autoencoder, train_denoiser
+from ldm_jax.jobs.digit_evaluation import open_judge, sample_figures
+from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun, build, config_dict, load_config_file
+from ldm_jax.train.run_dir import read_json, write_json
+
+FIRST_STAGE = "autoencoder"
+Row = dict[str, Any]  # arm, seed, how it was sampled, its figures
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a plan of denoisers says, built and checked."""
+
+    first_stage: AutoencoderRun
+    arms: dict[str, DenoiserRun]
+    samples: dict[str, tuple[sample.Settings, ...]]  # of each arm
+    seeds: tuple[int, ...]
+
+
+def read_plan(plan: dict[str, Any]) -> Plan:
+    """A file's plan; InputError for a field that makes no valid run, before any training.
+
+    `first_stage` and `denoiser` are FILE:VARIANT; `arms` gives each one's fields on top of
+    `denoiser`, `samples` each one's list of `ldm sample`'s settings.
+    """
+    wanted = {"first_stage", "denoiser", "arms", "samples", "seeds"}
+    if plan.keys() != wanted or not plan["arms"] or not plan["seeds"]:
+        raise InputError(f"an experiment on denoisers must give {sorted(wanted)}, none of it empty")
+    if plan["samples"].keys() != plan["arms"].keys():
+        raise InputError(
+            f"samples are of {sorted(plan['samples'])}, arms are {sorted(plan['arms'])}; give the "
+            "same names"
+        )
+    base = load_config_file(plan["denoiser"])
+    return Plan(
+        build(AutoencoderRun, load_config_file(plan["first_stage"])),
+        {
+            arm: build(DenoiserRun, config_dict(DenoiserRun, base, fields).to_dict(), arm)
+            for arm, fields in plan["arms"].items()
+        },
+        {
+            arm: tuple(build(sample.Settings, dict(fields), arm) for fields in several)
+            for arm, several in plan["samples"].items()
+        },
+        tuple(int(seed) for seed in plan["seeds"]),
+    )
+
+
+def run(plan: Plan, workdir: Path) -> list[Row]:
+    """Trains, samples and judges; a row for every arm, seed and way of sampling."""
+    workdir = Path(workdir)
+    train_autoencoder.run(plan.first_stage, workdir / FIRST_STAGE)
+    cache_latents.run(workdir / FIRST_STAGE, cache_latents.Settings())
+    first_stage = str((workdir / FIRST_STAGE).absolute())
+    rows: list[Row] = []
+    # Seed by seed, so that a half-finished experiment already compares every arm.
+    for seed in plan.seeds:
+        for arm, denoiser in plan.arms.items():
+            folder = workdir / f"{arm}-seed{seed}"
+            config = dataclasses.replace(denoiser, seed=seed, autoencoder=first_stage)
+            for figures in _figures(config, folder, plan.samples[arm]):
+                rows.append({"arm": arm, "seed": seed, **figures})
+    return rows
+
+
+def _figures(config: DenoiserRun, folder: Path, ways: Sequence[sample.Settings]) -> list[Row]:
+    done = folder / "figures.json"
+    rows: list[Row] = read_json(done) if done.exists() else []
+    if len(rows) == len(ways):
+        return rows
+    train_denoiser.run(config, folder)
+    model = sample.load_model(folder, ways[0])
+    judge = open_judge(model.first_stage, model.mesh, folder.parent / "classifier.npz")
+    for way in ways[len(rows) :]:
+        figures = sample_figures(judge, *sample.sample(model, way))
+        how = {name: getattr(way, name) for name in ("sampler", "steps", "guidance", "spacing")}
+        rows.append({**how, **figures})
+        print(f"{folder.name} {' '.join(map(str, how.values()))}: {figures['sample_accuracy']:.4f}")
+        if jax.process_index() == 0:
+            write_json(done, rows)
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: accuracy and Fréchet distance, means over the seeds, a line per way of sampling."""
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
+    ways = list(dict.fromkeys(_way(row) for row in rows))
+    lines = [f"| sampler | steps | {' | '.join(arms)} |", f"|---|---|{'---|' * len(arms)}"]
+    for way in ways:
+        cells = []
+        for arm in arms:
+            found = [row for row in rows if row["arm"] == arm and _way(row) == way]
+            accuracy, frechet = (
+                np.mean([row[name] for row in found] or [np.nan])
+                for name in ("sample_accuracy", "frechet_samples")
+            )
+            cells.append(f"{100 * accuracy:.1f} % / {frechet:.2f}" if found else "")
+        lines.append(f"| {way[0]} | {way[1]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _way(row: Row) -> tuple[str, int]:
+    return row["sampler"], row["steps"]
