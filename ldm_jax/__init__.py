@@ -8,7 +8,7 @@ Floors; a module imports only from lower ones (`tests/test_floors.py` checks it)
        models/      parameters: Config, init, apply, axes
        data/        numpy, grain, tfds: image sources, latent cache, order of examples
     2  train/       state, optimizer, EMA, steps, loop, checkpoints, logs
-       eval/        reconstruction, Fréchet distance, classifiers
+       eval/        reconstruction, feature extractors, Fréchet distance, classifiers
        interop/     other libraries' weights <-> ours
     3  jobs/        one verb of the command line per file
        flags.py     the flags of each verb

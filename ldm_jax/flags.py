@@ -98,13 +98,14 @@ def _add_averaging(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_weights(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("name", choices=["lpips", "inception"])
+    vits = ["clip-vit-b32", "clip-vit-l14-336", "dinov2-vitl14"]
+    verb.add_argument("name", choices=["lpips", "inception", "vgg16", *vits])
     verb.add_argument(
         "--from",
         dest="files",
         default="",
         metavar="FILE[,FILE]",
-        help=".pth or .safetensors files that hold the weights (default: fetch the published ones)",
+        help=".safetensors, .npz or .pth files of the weights (default: fetch the published ones)",
     )
     verb.add_argument("--out", type=Path, help="file to write (default: in the user's cache)")
     verb.add_argument(

@@ -4,29 +4,19 @@ A file holds a state dict of PyTorch: a `.ckpt`, or the same tensors as `.safete
 latent diffusion model the part under `first_stage_model.` counts.
 """
 
-import pickle
-import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import tensor_file
+from ldm_jax.interop import tensor_file, torch_file
 
 PREFIX = "first_stage_model."
 # The discriminator and its perceptual network; the moving average, whose names have lost their
 # dots: the raw weights are the ones that CompVis' code loads a first stage from.
 IGNORED = ("loss.", "model_ema.")
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
-CONVERT = (
-    'python -c "import sys, torch; from safetensors.torch import save_file; '
-    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=False); "
-    "d = d.get('state_dict', d); "
-    "save_file({k: v.clone().contiguous() for k, v in d.items() if torch.is_tensor(v)}, "
-    'sys.argv[2])" IN.ckpt OUT.safetensors'
-)
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
@@ -38,12 +28,9 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise InputError(f"{path} does not exist; check the path")
     if path.suffix in TORCH_SUFFIXES:
-        state = _torch_state_dict(path)
+        state = torch_file.state_dict(path)
         chosen = first_stage_names(state)
-        return {
-            name: tensor_file.to_f32(path, full, _to_numpy(state[full]))
-            for full, name in chosen.items()
-        }
+        return {name: tensor_file.to_f32(path, full, state[full]) for full, name in chosen.items()}
     if path.suffix == ".safetensors":
         chosen = first_stage_names(tensor_file.tensor_names(path))
         tensors = tensor_file.read(path, chosen)
@@ -66,41 +53,3 @@ def first_stage_names(names: Iterable[str]) -> dict[str, str]:
                 "in, with its config.json"
             )
     return {full: name for full, name in stripped.items() if not name.startswith(IGNORED)}
-
-
-def _torch_state_dict(path: Path) -> dict[str, Any]:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f"{path} is a PyTorch file and torch is not installed; install it with "
-            f"`pip install torch`, or make a safetensors file where it is: {CONVERT}"
-        ) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if not found:
-            raise _damaged(path, error) from error
-        raise InputError(
-            f"{path} holds Python objects besides tensors ({found[1]}) and is untrusted: reading "
-            "them runs whatever code the file asks for; if you trust its author, make a clean "
-            f"file on a machine that has what it needs, then import that: {CONVERT}"
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise _damaged(path, error) from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
-    state = {name: value for name, value in state.items() if torch.is_tensor(value)}
-    if not state:
-        raise InputError(f"{path} holds no state dict; give a checkpoint of a first stage")
-    return state
-
-
-def _damaged(path: Path, error: Exception) -> InputError:
-    reason = " ".join([type(error).__name__, *str(error).splitlines()[:1]])[:100]
-    return InputError(f"{path} is damaged or no PyTorch file ({reason}); fetch it again")
-
-
-def _to_numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor as it is, except that numpy knows no bfloat16: that becomes f32."""
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

@@ -68,14 +68,12 @@ def to_ours(names: Names, tensors: Mapping[str, np.ndarray], shapes: Any) -> Any
         hollow = transform.to_theirs(np.broadcast_to(np.float32(0), ours[path].shape))
         expected |= {name: array.shape for name, array in zip(theirs, hollow, strict=True)}
     _check_tensors(expected, {name: tuple(a.shape) for name, a in tensors.items()})
-    params: dict[str, Any] = {}
-    for path, (theirs, transform) in names.items():
-        *parents, leaf = path.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = transform.to_ours(*(np.asarray(tensors[name]) for name in theirs))
-    return params
+    return nest(
+        {
+            path: transform.to_ours(*(np.asarray(tensors[name]) for name in theirs))
+            for path, (theirs, transform) in names.items()
+        }
+    )
 
 
 def to_theirs(names: Names, params: Any) -> dict[str, np.ndarray]:
@@ -94,6 +92,18 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix: tree}
     join = lambda name: f"{prefix}/{name}" if prefix else name  # noqa: E731
     return {path: x for name, sub in tree.items() for path, x in flatten(sub, join(name)).items()}
+
+
+def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{path: leaf} -> nested dicts; the inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree
 
 
 def _check_tensors(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:

@@ -10,6 +10,8 @@ from safetensors.numpy import save_file
 
 from ldm_jax.errors import InputError
 
+MADE_FOR_TORCH = {"format": "pt"}  # which PyTorch's readers ask for
+
 
 def tensor_names(path: Path) -> list[str]:
     """The names in a file; InputError when it is damaged."""
@@ -21,6 +23,18 @@ def read(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """The named tensors as f32; InputError for one that is no floating-point array."""
     with _opened(path) as file:
         return {name: to_f32(path, name, file.get_tensor(name)) for name in names}
+
+
+def read_raw(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor as it is stored."""
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a file says about itself."""
+    with _opened(path) as file:
+        return file.metadata() or {}
 
 
 def to_f32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
@@ -36,11 +50,13 @@ def to_f32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def write(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes f32 tensors in the order of their names."""
+def write(
+    path: Path, tensors: Mapping[str, np.ndarray], told: Mapping[str, str] = MADE_FOR_TORCH
+) -> None:
+    """Writes f32 tensors in the order of their names, and what is told about them."""
     # The format's writer takes an array's memory as it lies, whatever its strides say.
     arrays = {n: np.ascontiguousarray(tensors[n], np.float32) for n in sorted(tensors)}
-    save_file(arrays, path, metadata={"format": "pt"})
+    save_file(arrays, path, metadata=dict(told))
 
 
 def _opened(path: Path):

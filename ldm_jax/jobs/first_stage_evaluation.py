@@ -68,9 +68,11 @@ def compile_lpips(params: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]
 
     LPIPS_BATCH images at a time: at 256 pixels each takes tens of megabytes of features.
     """
-    distance = jax.jit(
-        lambda p, x, y: perceptual_net.lpips(p, autoencoder.to_unit(x), autoencoder.to_unit(y))
-    )
+
+    @jax.jit
+    def distance(p, x, y):
+        with jax.default_matmul_precision("highest"):  # else accelerators round to bf16 or TF32
+            return perceptual_net.lpips(p, autoencoder.to_unit(x), autoencoder.to_unit(y))
 
     def lpips(x, y):
         out = []

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import pretrained
+from ldm_jax.interop import pretrained, published
+from ldm_jax.interop.published import Published
 
 TIMEOUT = 60  # seconds without an answer
 
@@ -25,17 +26,19 @@ def run(
         raise InputError(f"{out} is there already; remove it, or name another file with --out")
     if out.suffix != ".safetensors":
         raise InputError(f"--out={out} must end in .safetensors; name it so")
-    published = pretrained.PUBLISHED[name]
-    for file in files or [p.file for p in published]:
+    parts = published.PUBLISHED[name]
+    if not unverified:
+        published.check_known(name)
+    for file in files or [p.file for p in parts]:
         pretrained.check_readable(file)
     for file in files:
         if not file.is_file():
             raise InputError(f"--from: {file} is no file; give the paths of what you downloaded")
-    kept = {p.file for p in published if (out.parent / p.file).is_file()}
-    sources = list(files) or [fetch(name, p, out.parent) for p in published]
+    kept = {p.file for p in parts if p.sha256 and (out.parent / p.file).is_file()}
+    sources = list(files) or [fetch(name, part, out.parent) for part in parts]
     if not unverified:
-        pretrained.check_published(name, sources)
-    origin = ", ".join(f"{path.name} sha256:{pretrained.sha256(path)}" for path in sources)
+        published.check(name, sources)
+    origin = {path.name: published.sha256(path) for path in sources}
     pretrained.save(out, pretrained.convert(name, sources), origin)
     for path in sources:
         if not files and path.name not in kept:  # what the user has fetched stays
@@ -43,23 +46,25 @@ def run(
     return out
 
 
-def fetch(name: str, published: pretrained.Published, folder: Path) -> Path:
-    """Downloads a published file into `folder`; one that stands there from before is kept."""
-    path = folder / published.file
-    if path.is_file() and pretrained.sha256(path) == published.sha256:
+def fetch(name: str, part: Published, folder: Path) -> Path:
+    """Downloads a published file into `folder`; one of its digest that stands there is kept."""
+    path = folder / part.file
+    if path.is_file() and published.sha256(path) == part.sha256:
         return path
+    if path.exists() and not part.sha256:
+        raise InputError(f"{path} is in the way of a download; give it with --from, or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    print(f"fetching {published.url}", flush=True)
+    print(f"fetching {part.url}", flush=True)
     try:
         with temporary.open("wb") as file:
-            for chunk in _chunks(name, published):
+            for chunk in _chunks(name, part):
                 file.write(chunk)
-        found = pretrained.sha256(temporary)
-        if found != published.sha256:
+        found = published.sha256(temporary)
+        if part.sha256 and found != part.sha256:
             raise InputError(
-                f"{published.url} arrived with the sha256 {found[:8]}.., not "
-                f"{published.sha256[:8]}..: try again, or get it elsewhere and give it with --from"
+                f"{part.url} arrived with the sha256 {found[:8]}.., not "
+                f"{part.sha256[:8]}..: try again, or get it elsewhere and give it with --from"
             )
         temporary.replace(path)
     finally:
@@ -67,14 +72,14 @@ def fetch(name: str, published: pretrained.Published, folder: Path) -> Path:
     return path
 
 
-def _chunks(name: str, published: pretrained.Published) -> Iterator[bytes]:
+def _chunks(name: str, part: Published) -> Iterator[bytes]:
     try:
-        with urllib.request.urlopen(published.url, timeout=TIMEOUT) as response:
+        with urllib.request.urlopen(part.url, timeout=TIMEOUT) as response:
             while chunk := response.read(2**20):
                 yield chunk
     except (OSError, http.client.HTTPException) as error:
-        files = ",".join(p.file for p in pretrained.PUBLISHED[name])
+        files = ",".join(p.file for p in published.PUBLISHED[name])
         raise InputError(
-            f"{published.url} cannot be fetched ({getattr(error, 'reason', None) or error}); "
+            f"{part.url} cannot be fetched ({getattr(error, 'reason', None) or error}); "
             f"download it elsewhere and run `ldm weights {name} --from={files}`"
         ) from error

@@ -19,7 +19,13 @@ EPSILON = 1e-10  # added to the norm of a pixel's features
 
 
 def shapes() -> dict[str, Any]:
-    """The tree of parameters as shapes: conv{block}_{i} kernels and biases, lin{block} weights."""
+    """The tree of parameters as shapes: those of the trunk, and lin{block} weights."""
+    lines = {f"lin{b}": jax.ShapeDtypeStruct(w[-1:], jnp.float32) for b, w in enumerate(BLOCKS)}
+    return trunk_shapes() | lines
+
+
+def trunk_shapes() -> dict[str, Any]:
+    """Shapes of what `features` needs: kernels and biases of conv{block}_{i}."""
     tree: dict[str, Any] = {}
     c_in = 3
     for b, widths in enumerate(BLOCKS):
@@ -29,7 +35,6 @@ def shapes() -> dict[str, Any]:
                 "bias": jax.ShapeDtypeStruct((width,), jnp.float32),
             }
             c_in = width
-        tree[f"lin{b}"] = jax.ShapeDtypeStruct((c_in,), jnp.float32)
     return tree
 
 
@@ -40,7 +45,7 @@ def features(params: Any, x: jax.Array) -> list[jax.Array]:
     maps = []
     for b, widths in enumerate(BLOCKS):
         if b:
-            h = _max_pool(h)
+            h = max_pool(h)
         for i in range(len(widths)):
             p = params[f"conv{b}_{i}"]
             h = jax.lax.conv_general_dilated(
@@ -72,7 +77,8 @@ def _unit(h):
     return h / (norm + EPSILON)
 
 
-def _max_pool(h):
+def max_pool(h: jax.Array) -> jax.Array:
+    """The maximum of 2x2 at stride 2, [B,H,W,C] -> [B,H//2,W//2,C]."""
     b, height, width, c = h.shape
     h = h[:, : height // 2 * 2, : width // 2 * 2]
     return h.reshape(b, height // 2, 2, width // 2, 2, c).max((2, 4))

@@ -7,9 +7,9 @@ from safetensors.numpy import save_file
 
 from ldm_jax import cli
 from ldm_jax.errors import InputError
-from ldm_jax.interop import pretrained
+from ldm_jax.interop import pretrained, published
 from ldm_jax.jobs import weights
-from tests.interop.test_pretrained import published_inception, published_lpips
+from tests import frozen
 from tests.jobs.test_errors import refused
 
 
@@ -22,21 +22,22 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def inception(tmp_path):
+def inception(tmp_path, monkeypatch):
+    frozen.narrow(monkeypatch)
     path = tmp_path / "published.safetensors"
-    save_file(published_inception(), path)
+    save_file(frozen.fid_inception(), path)
     return path
 
 
 def publish(monkeypatch, path, url=None):
     """Lets `path` be the published file of the Inception network."""
-    published = pretrained.Published(path.name, pretrained.sha256(path), url or path.as_uri())
-    monkeypatch.setitem(pretrained.PUBLISHED, "inception", (published,))
-    return published
+    part = published.Published(path.name, published.sha256(path), url or path.as_uri())
+    monkeypatch.setitem(published.PUBLISHED, "inception", (part,))
+    return part
 
 
 def test_two_files_become_one_that_loads(tmp_path, capsys, cache):
-    tensors = published_lpips()
+    tensors = frozen.lpips()
     parts = [tmp_path / "vgg16.safetensors", tmp_path / "lin.safetensors"]
     save_file({n: t for n, t in tensors.items() if n.startswith("features")}, parts[0])
     save_file({n: t for n, t in tensors.items() if n.startswith("lin")}, parts[1])
@@ -58,18 +59,20 @@ def test_two_files_become_one_that_loads(tmp_path, capsys, cache):
 def test_another_file_is_refused_until_it_is_said(inception, capsys, cache):
     arguments = ["weights", "inception", f"--from={inception}"]
     line = refused(capsys, arguments)
-    for words in (str(inception), pretrained.sha256(inception)[:8], "6726825d", "--unverified"):
+    for words in (str(inception), published.sha256(inception)[:8], "6726825d", "--unverified"):
         assert words in line
     assert not cache.exists()
     cli.main([*arguments, "--unverified"])
-    assert pretrained.load("inception").keys() == published_inception().keys()
+    weights = pretrained.read("inception")
+    assert (weights.digest, weights.published) == (published.sha256(inception), False)
 
 
 def test_a_published_file_is_taken_and_its_digest_kept(inception, cache, monkeypatch):
-    published = publish(monkeypatch, inception)
+    part = publish(monkeypatch, inception)
     path = weights.run("inception", [inception])
     with safe_open(path, "numpy") as file:
-        assert file.metadata()["origin"] == f"{inception.name} sha256:{published.sha256}"
+        assert file.metadata()["origin"] == f"{inception.name} sha256:{part.sha256}"
+    assert pretrained.read("inception")[1:] == (part.sha256, True)
     assert inception.exists()
 
 
@@ -81,14 +84,14 @@ def test_without_files_the_published_ones_are_fetched(inception, cache, monkeypa
 
 
 def test_a_fetched_file_is_not_fetched_again(inception, cache, monkeypatch):
-    published = publish(monkeypatch, inception, "http://127.0.0.1:9/published.safetensors")
+    part = publish(monkeypatch, inception, "http://127.0.0.1:9/published.safetensors")
     cache.mkdir(parents=True)
     kept = cache / inception.name
     kept.write_bytes(inception.read_bytes()[:-4])
     with pytest.raises(InputError, match="cannot be fetched"):
-        weights.fetch("inception", published, cache)
+        weights.fetch("inception", part, cache)
     kept.write_bytes(inception.read_bytes())
-    assert weights.fetch("inception", published, cache) == kept
+    assert weights.fetch("inception", part, cache) == kept
 
 
 def test_a_download_that_differs_is_refused_and_removed(inception, cache, monkeypatch):
@@ -117,12 +120,33 @@ def test_wrong_arguments_are_refused_before_any_work(inception, capsys, tmp_path
     for arguments, words in (
         ([f"--from={absent}"], "absent.safetensors is no file"),
         ([f"--from={inception}", f"--out={out}"], "out.npz must end in .safetensors"),
-        ([f"--from={tmp_path / 'weights.pkl'}"], "weights.pkl must be a .safetensors"),
+        ([f"--from={tmp_path / 'weights.pkl'}"], "weights.pkl must be one of .safetensors"),
     ):
         assert words in refused(capsys, ["weights", "inception", *arguments])
-    save_file({"fc.bias": np.zeros(1008, np.float32)}, absent)
+    save_file({"fc.weight": np.zeros(1008, np.float32)}, absent)
     line = refused(capsys, ["weights", "inception", f"--from={absent}", "--unverified"])
-    assert "absent.safetensors: tensor" in line
+    assert "absent.safetensors: " in line
     assert "missing" in line
     assert not cache.exists()
     assert not out.exists()
+
+
+def test_files_without_a_known_digest_are_fetched_only_when_that_is_said(
+    inception, capsys, cache, monkeypatch
+):
+    part = published.Published("unknown.safetensors", "", inception.as_uri())
+    monkeypatch.setitem(published.PUBLISHED, "inception", (part,))
+    for arguments in ([], [f"--from={inception}"]):
+        line = refused(capsys, ["weights", "inception", *arguments])
+        assert "is not known here" in line and "--unverified" in line
+    assert not cache.exists()
+    cli.main(["weights", "inception", "--unverified"])
+    weights = pretrained.read("inception")
+    assert (weights.digest, weights.published) == (published.sha256(inception), False)
+    assert [path.name for path in cache.iterdir()] == ["inception.safetensors"]
+
+
+def test_every_network_can_be_asked_for(capsys):
+    line = refused(capsys, ["weights", "of-another"])
+    for name in pretrained.NETWORKS:
+        assert f"'{name}'" in line or name in line

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop import compvis as compvis_files
+from ldm_jax.interop import torch_file
 from ldm_jax.jobs import export_weights, import_weights
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.models import autoencoder
@@ -112,11 +113,11 @@ def test_a_ckpt_with_objects_is_refused_as_untrusted_and_can_be_cleaned(tmp_path
         compvis_files.read_file(path)
     line = str(caught.value)
     assert "\n" not in line
-    for word in ("model.ckpt", "Callback", "untrusted", compvis_files.CONVERT):
+    for word in ("model.ckpt", "Callback", "untrusted", torch_file.CONVERT):
         assert word in line
     clean = tmp_path / "model.safetensors"
     monkeypatch.setattr("sys.argv", ["-c", str(path), str(clean)])
-    program = compvis_files.CONVERT.split('"')[1]
+    program = torch_file.CONVERT.split('"')[1]
     exec(program, {})
     read = compvis_files.read_file(clean)
     np.testing.assert_array_equal(

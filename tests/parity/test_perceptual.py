@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from ldm_jax.errors import InputError
-from ldm_jax.interop import pretrained
+from ldm_jax.interop import pretrained, published
 from ldm_jax.jobs import weights
 from ldm_jax.models import perceptual_net
 from tests.parity import reference
@@ -68,7 +68,7 @@ def lin_file():
 
 @functools.cache
 def our_params():
-    return pretrained.lpips_params(reference.tensors(their_model()))
+    return pretrained.from_tensors("lpips", reference.tensors(their_model()))
 
 
 def inputs(height, width):
@@ -145,7 +145,7 @@ def test_the_job_converts_pytorch_files_and_knows_the_published_lines(tmp_path, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     vgg = tmp_path / "vgg16.pth"
     torch.save(random_vgg16().state_dict(), vgg)
-    pretrained.check_published("lpips", [lin_file()])
+    published.check("lpips", [lin_file()])
     with pytest.raises(InputError, match=r"vgg16\.pth has the sha256"):
         weights.run("lpips", [vgg, lin_file()])
     weights.run("lpips", [vgg, lin_file()], unverified=True)
@@ -156,10 +156,18 @@ def test_the_job_converts_pytorch_files_and_knows_the_published_lines(tmp_path, 
 
 
 def test_a_pth_that_is_no_state_dict_is_refused(tmp_path):
-    for content in ([torch.zeros(1)], {"state_dict": {"a": torch.zeros(1)}}, Path("code")):
-        torch.save(content, tmp_path / "a.pth")
-        with pytest.raises(InputError, match=r"a\.pth is no plain state dict"):
-            pretrained.read_tensors(tmp_path / "a.pth")
-    (tmp_path / "a.pth").write_bytes(b"not found")
-    with pytest.raises(InputError, match=r"a\.pth is no plain state dict"):
-        pretrained.read_tensors(tmp_path / "a.pth")
+    path = tmp_path / "a.pth"
+    for content, match in (
+        ([torch.zeros(1)], r"a\.pth holds no state dict"),
+        ({"state_dict": {"a": 1}}, r"a\.pth holds no state dict"),
+        (Path("code"), r"a\.pth holds Python objects .* untrusted"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(InputError, match=match):
+            pretrained.read_tensors(path)
+    torch.jit.script(torch.nn.Linear(1, 1)).save(path)
+    with pytest.raises(InputError, match=r"a\.pth is damaged .*TorchScript"):
+        pretrained.read_tensors(path)
+    path.write_bytes(b"not found")
+    with pytest.raises(InputError, match=r"a\.pth is damaged"):
+        pretrained.read_tensors(path)
