@@ -1,8 +1,9 @@
 """Frozen networks whose weights others published: their files, and our own, as our trees.
 
 Our file is .safetensors: f32, the paths of our tree joined by "/"; as metadata the digests of the
-files that it was made from and one of its own tensors, which the format lacks. Nothing needs torch
-except reading a .pth or a .bin. A pickle or a TorchScript archive is never read.
+files that it was made from and one of its own tensors, which the format lacks. Only a .pth or a
+.bin needs torch to read, and nothing but tensors is taken from it; other pickles and TorchScript
+archives are refused.
 """
 
 import functools
