@@ -44,7 +44,16 @@ class Model:
 
 def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = MeshConfig()) -> Model:
     """What `ldm sample` needs; raises InputError where its parts do not fit each other."""
+    for name in ("step", "guide_step"):
+        if getattr(settings, name) < -1:
+            raise InputError(
+                f"{name.replace('_', '-')} {getattr(settings, name)} must be a checkpoint's; leave "
+                "it out for the newest"
+            )
     run, data = _read(workdir)
+    guide_workdir = Path(settings.guide_workdir or workdir)
+    guide_run, its_data = _read(guide_workdir)
+    _check_guide(guide_workdir, guide_run, its_data, run, data)
     mesh = make_mesh(mesh_config)
     first_stage = load_first_stage(run.autoencoder, mesh)
     if first_stage.encoder_hash != data["encoder_hash"]:
@@ -53,12 +62,12 @@ def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = Mesh
             f"the denoiser saw latents of {data['encoder_hash'][:12]}; give back the weights "
             "it was trained with, or cache and train anew"
         )
-    weights = _load(workdir, run, settings.weights, settings.step, "step", mesh)
-    whitening = latents.Whitening(*(tuple(data["whitening"][k]) for k in ("shift", "scale")))
-    shape = tuple(data["latent_shape"])
+    weights = _load(workdir, run, settings.weights, settings.step, mesh)
     guide = None
     if settings.autoguided:
-        guide = _load_guide(workdir, settings, run, data, weights, mesh)
+        guide = _load_guide(workdir, guide_workdir, guide_run, settings, weights, mesh)
+    whitening = latents.Whitening(*(tuple(data["whitening"][k]) for k in ("shift", "scale")))
+    shape = tuple(data["latent_shape"])
     return Model(
         run, weights.params, weights.step, weights.which, first_stage, whitening, shape, mesh, guide
     )
@@ -66,24 +75,21 @@ def load_model(workdir: Path, settings: Settings, mesh_config: MeshConfig = Mesh
 
 def _load_guide(
     workdir: Path,
-    settings: Settings,
+    where: Path,
     run: DenoiserRun,
-    data: dict[str, Any],
+    settings: Settings,
     weights: Weights,
     mesh: Mesh,
 ) -> Guide:
-    where = Path(settings.guide_workdir or workdir)
-    guide, its_data = _read(where)
-    _check_guide(where, guide, its_data, run, data)
     itself = where.resolve() == Path(workdir).resolve()
     step = weights.step if itself and settings.guide_step == -1 else settings.guide_step
-    found = _load(where, guide, settings.guide_weights, step, "guide-step", mesh)
+    found = _load(where, run, settings.guide_weights, step, mesh)
     if itself and (found.step, found.which) == (weights.step, weights.which):
         raise InputError(
             f"guide {where} at step {found.step} with weights {found.which!r} is the model itself; "
             "give another --guide-step, --guide-weights or --guide-workdir"
         )
-    return Guide(where, guide, found.params, found.step, found.which)
+    return Guide(where, run, found.params, found.step, found.which)
 
 
 def _check_guide(
@@ -118,11 +124,9 @@ def _read(workdir: Path) -> tuple[DenoiserRun, dict[str, Any]]:
     return build(DenoiserRun, record["config"]), record["data"]
 
 
-def _load(workdir: Path, run: DenoiserRun, which: str, step: int, name: str, mesh: Mesh) -> Weights:
+def _load(workdir: Path, run: DenoiserRun, which: str, step: int, mesh: Mesh) -> Weights:
     axes = denoiser.axes(run.model)
     like = abstract_params(lambda key: denoiser.init(run.model, key), axes, mesh)
-    if step < -1:
-        raise InputError(f"{name} {step} must be a checkpoint's; leave it out for the newest")
     if which == "auto":
         which = "ema" if run.ema.decay else "params"
     return load_weights(workdir, like, which=which, step=None if step == -1 else step)

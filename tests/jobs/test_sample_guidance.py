@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.diffusion.objective import Objective
+from ldm_jax.diffusion.parameterisation import target, x0_and_eps
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import sample
 from ldm_jax.jobs.sample_model import Guide
 from ldm_jax.jobs.sample_program import numbers_of, weights_of
-from tests.jobs.quick import BAD, as_latents, model_of, quick, run_of  # noqa: F401
+from ldm_jax.models import denoiser
+from tests.jobs.quick import BAD, as_latents, model_of, network, quick, run_of  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("as_latents")
 
@@ -138,6 +141,20 @@ def test_projected_change_is_short_and_not_along_the_prediction(model):
     size = np.sqrt((short**2).sum(axis=(1, 2, 3)))
     np.testing.assert_allclose(size, 0.25 * (ONE.guidance - 1), rtol=1e-5)
     np.testing.assert_allclose(drawn(model, ONE, guidance_projection=(1.0,)), full, atol=1e-5)
+
+
+def test_projection_does_not_depend_on_what_is_predicted(model, monkeypatch):
+    settings = dataclasses.replace(ONE, spacing="leading", guidance_projection=(0.0, 1.0))
+    want, process = drawn(model, settings), make_process(model.run.process)
+
+    def velocity(config, params, z_t, t, cond):
+        x0 = network(config, params, z_t, t, cond)
+        return target(process, "v", *x0_and_eps(process, "x0", z_t, x0, t), t)
+
+    monkeypatch.setattr(denoiser, "apply", velocity)
+    run = dataclasses.replace(model.run, objective=Objective(parameterisation="v"))
+    got = drawn(dataclasses.replace(model, run=run), settings)
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_autoguidance_leads_away_from_the_guide(guided_model):

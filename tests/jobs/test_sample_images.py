@@ -13,7 +13,7 @@ from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import sample
-from ldm_jax.jobs.sample_images import known_latents, read_images
+from ldm_jax.jobs.sample_images import known_latents, latent_tiles, read_images
 from ldm_jax.jobs.sample_program import numbers_of, weights_of
 from ldm_jax.keys import example_keys, key_for, normal_like
 from ldm_jax.models import autoencoder, denoiser
@@ -137,6 +137,8 @@ def test_cover_fills_a_rectangle_from_the_middle():
     tall = wide.transpose(Image.Transpose.TRANSPOSE)
     assert pixels.cover(tall, 3, 16, "bicubic").size == (16, 3)
     np.testing.assert_array_equal(np.asarray(pixels.square(tall, 8, "box"))[:, 0], grey[16:24])
+    rows = Image.fromarray(np.broadcast_to(grey[:8, None], (8, 12)).copy())
+    np.testing.assert_array_equal(np.asarray(pixels.cover(rows, 4, 12, "box"))[:, 0], grey[2:6])
 
 
 @pytest.mark.usefixtures("as_latents")
@@ -160,6 +162,8 @@ def test_other_sizes_and_tiles(model, tmp_path, monkeypatch):
     tiles = dataclasses.replace(large, tile=16, tile_overlap=4)
     np.testing.assert_allclose(sample.draw(model, tiles).images, whole, atol=1e-5)
     assert set(sides) == {(8, 8)}
+    assert latent_tiles(tiles, model) == (8, 2)
+    assert latent_tiles(dataclasses.replace(tiles, tile_overlap=-1), model) == (8, 4)
 
 
 def test_progress_ends_on_the_sample(model):
