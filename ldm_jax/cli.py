@@ -118,30 +118,30 @@ def _sample(arguments, overrides):
     print(sample.run(arguments.workdir, _sample_settings(arguments), arguments.out))
 
 
+LISTS = {
+    "classes": (int, "class numbers", "0,3,7"),
+    "guidance_interval": (float, "two numbers", "0.2,0.8"),
+    "guidance_projection": (float, "one number or two", "0,15"),
+    "guided_channels": (int, "channel numbers", "0,1,2"),
+    "churn": (float, "one, three or four numbers", "40,0.05,50,1.003"),
+    "size": (int, "one whole number or two", "512,768"),
+}
+
+
 def _sample_settings(arguments):
     from ldm_jax.jobs import sample
 
-    try:
-        classes = tuple(int(c) for c in arguments.classes.split(",")) if arguments.classes else ()
-    except ValueError as error:
-        raise InputError(
-            f"--classes {arguments.classes!r} must be class numbers separated by commas, as 0,3,7"
-        ) from error
-    return sample.Settings(
-        num=arguments.num,
-        steps=arguments.steps,
-        sampler=arguments.sampler,
-        eta=arguments.eta,
-        spacing=arguments.spacing,
-        temperature=arguments.temperature,
-        guidance=arguments.guidance,
-        classes=classes,
-        seed=arguments.seed,
-        noise=arguments.noise,
-        batch_size=arguments.batch_size,
-        weights=arguments.weights,
-        step=arguments.step,
-    )
+    given = {f: v for f, v in vars(arguments).items() if f in sample.Settings.__dataclass_fields__}
+    for name, (kind, what, example) in LISTS.items():
+        text = given.get(name, "")
+        try:
+            given[name] = tuple(kind(part) for part in text.split(",")) if text else ()
+        except ValueError as error:
+            raise InputError(
+                f"--{name.replace('_', '-')} {text!r} must be {what} separated by commas, as "
+                f"{example}"
+            ) from error
+    return sample.Settings(**given)
 
 
 def _evaluate(arguments, overrides):

@@ -39,13 +39,22 @@ def make_parser(
     cache.add_argument("--shard-examples", type=int, default=16384, help="examples per shard file")
     cache.add_argument("--pack", type=int, default=32, help="examples per record")
     cache.add_argument("--splits", default="train,held_out", help="which splits to encode")
-    for name in ("sample", "evaluate"):
-        _add_sampling(verbs[name])
     verbs["sample"].add_argument("--num", type=int, default=16, help="images to draw")
+    verbs["sample"].add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
+    verbs["sample"].add_argument(
+        "--progressive",
+        type=int,
+        default=0,
+        metavar="K",
+        help="writes OUT-progress.png: each sample a row, the image predicted every K steps",
+    )
     verbs["evaluate"].add_argument(
         "--num", type=int, default=0, help="samples (1000) or held-out images (10000) to measure"
     )
-    verbs["sample"].add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
+    for name in ("sample", "evaluate"):
+        _add_sampling(verbs[name])
+        verbs[name].usage = "%(prog)s --workdir=DIR [--FLAG=VALUE ...]"
+    _add_sizes(verbs["sample"])
     _add_averaging(verbs["ema"])
     _add_weights(verbs["weights"])
     verbs["import"].add_argument(
@@ -123,32 +132,71 @@ def _add_reconstructing(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--steps", type=int, default=50, help="denoising steps")
-    verb.add_argument("--sampler", default="ddim", help="ddim, ddpm, dpmpp_2m, heun, ...")
-    verb.add_argument(
-        "--eta", type=float, default=-1.0, help="sampler's noise, 0..1 (default: its own)"
+    """Fields of `jobs.sample.Settings`, in groups; lists are text that the command line reads."""
+    add = verb.add_argument_group("which samples").add_argument
+    add("--classes", default="", metavar="I,J,...", help="classes in turn (default: all)")
+    add("--seed", type=int, default=0)
+    add("--noise", default="", metavar="FILE.npy", help="initial noise f32 [N,H,W,C] of latents")
+    add("--batch-size", type=int, default=0, help="images at a time over all devices")
+    average = "auto, params, ema, or ema-NAME of another average, as ema-0.999 or ema-power-0.05"
+    add("--weights", default="auto", help=average)
+    add("--step", type=int, default=-1, help="checkpoint (default: the newest)")
+
+    add = verb.add_argument_group("sampler").add_argument
+    add("--sampler", default="ddim", metavar="NAME", help="ddim, ddpm, dpmpp_2m, heun, unipc, ...")
+    add("--steps", type=int, default=50, help="denoising steps (default: 50)")
+    spacing = "of the steps: leading, trailing, karras:7, ... (default: the process' own)"
+    add("--spacing", default="auto", metavar="NAME[:NUMBER]", help=spacing)
+    add("--eta", type=float, default=-1.0, help="sampler's noise, 0..1 (default: its own)")
+    add("--temperature", type=float, default=1.0, help="multiplies the noise of the steps")
+    churn = "of sampler edm: S_churn[,S_tmin,S_tmax[,S_noise]] (default: 40,0.05,50,1.003)"
+    add("--churn", default="", metavar="AMOUNT,...", help=churn)
+    add("--order", type=int, default=0, metavar="1..3", help="of sampler unipc (default: 2)")
+    clip = "keeps predicted latents, of deviation 1, within -VALUE..VALUE"
+    add("--clip-x0", type=float, default=0.0, metavar="VALUE", help=clip)
+    threshold = "shrinks predicted latents until this quantile of their size is at --clip-x0"
+    add("--threshold-x0", type=float, default=0.0, metavar="QUANTILE", help=threshold)
+
+    group = verb.add_argument_group(
+        "guidance",
+        "Leads from the null condition's prediction to the condition's; with a --guide-..., from a "
+        "worse denoiser's of the same latents to this one's (autoguidance).",
     )
-    verb.add_argument(
-        "--spacing",
-        default="auto",
-        metavar="NAME[:NUMBER]",
-        help="of the steps: leading, trailing, karras:7, ... (default: the process' own)",
+    add = group.add_argument
+    scale = "1 = conditional model only, >1 extrapolates (default: 1)"
+    add("--guidance", type=float, default=1.0, metavar="SCALE", help=scale)
+    times = "guided times, where 0 is data and 1 the noise end (default: 0,1)"
+    add("--guidance-interval", default="0,1", metavar="LOW,HIGH", help=times)
+    phi = "0..1: how far to go back to the unguided prediction's deviation"
+    add("--guidance-rescale", type=float, default=0.0, metavar="PHI", help=phi)
+    projection = "APG: share 0..1 of what lies along the predicted x0, greatest norm of the change"
+    add("--guidance-projection", default="", metavar="ETA[,NORM]", help=projection)
+    channels = "of the latent, from 0 (default: all)"
+    add("--guided-channels", default="", metavar="I,J,...", help=channels)
+    guide = "run of the worse denoiser (default: this WORKDIR, at another step or other weights)"
+    add("--guide-workdir", default="", metavar="DIR", help=guide)
+    add("--guide-step", type=int, default=-1, help="its checkpoint (default: its newest)")
+    add("--guide-weights", default="auto", metavar="NAME", help="as --weights")
+
+    group = verb.add_argument_group(
+        "images to start from",
+        "Sample i begins at image i, in turn: noised and denoised again (--strength), or repainted "
+        "where its mask is white, with its other pixels kept.",
     )
-    verb.add_argument(
-        "--temperature", type=float, default=1.0, help="multiplies the noise of the steps"
-    )
-    verb.add_argument(
-        "--guidance", type=float, default=1.0, help="1 = conditional model only, >1 extrapolates"
-    )
-    verb.add_argument(
-        "--classes", default="", metavar="I,J,...", help="classes in turn (default: all)"
-    )
-    verb.add_argument("--seed", type=int, default=0)
-    verb.add_argument("--noise", default="", metavar="FILE.npy", help="initial noise f32 [N,H,W,C]")
-    verb.add_argument("--batch-size", type=int, default=0, help="images at a time over all devices")
-    verb.add_argument(
-        "--weights",
-        default="auto",
-        help="auto, params, ema, or ema-NAME of another average, as ema-0.999 or ema-power-0.05",
-    )
-    verb.add_argument("--step", type=int, default=-1, help="checkpoint (default: the newest)")
+    add = group.add_argument
+    where = "folder of images, or uint8 [N,H,W,3] as `ldm sample` writes"
+    add("--init-images", default="", metavar="DIR_OR_NPZ", help=where)
+    strength = "share of the steps taken from the noised image; 1 = all, from noise (default: 1)"
+    add("--strength", type=float, default=1.0, help=strength)
+    masks = "white = repaint; one for each image by name, or one for all; .npz: uint8 [N,H,W]"
+    add("--masks", default="", metavar="DIR_OR_NPZ", help=masks)
+
+
+def _add_sizes(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group("size", "In pixels, by the same weights at other sizes.")
+    add = group.add_argument
+    add("--size", default="", metavar="H[,W]", help="of the samples (default: as trained)")
+    tile = "side of overlapping tiles that are denoised one by one (default: the whole at once)"
+    add("--tile", type=int, default=0, metavar="SIZE", help=tile)
+    overlap = "of neighbouring tiles (default: half of one)"
+    add("--tile-overlap", type=int, default=-1, metavar="N", help=overlap)

@@ -49,17 +49,25 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def square(image: Image.Image, resolution: int, kernel: str, place: float = 0.5) -> Image.Image:
-    """The short side resized to `resolution`, the long side cropped.
+    """`cover` of a square: the short side resized to `resolution`, the long side cropped."""
+    return cover(image, resolution, resolution, kernel, place)
 
-    place in [0, 1] chooses the crop along the long side: 0.5 is the centre. An image whose short
-    side fits already is not resampled.
+
+def cover(
+    image: Image.Image, height: int, width: int, kernel: str, place: float = 0.5
+) -> Image.Image:
+    """Resized until it just covers height x width, and the rest cropped.
+
+    place in [0, 1] chooses the crop along the side that is too long: 0.5 is the centre. An image
+    whose other side fits already is not resampled.
     """
-    width, height = image.size
-    short = min(width, height)
-    if short != resolution:
-        width = max(resolution, round(width * resolution / short))
-        height = max(resolution, round(height * resolution / short))
-        image = image.resize((width, height), KERNELS[kernel])
-    left = round((width - resolution) * place)
-    top = round((height - resolution) * place)
-    return image.crop((left, top, left + resolution, top + resolution))
+    wide, high = image.size
+    if wide * height >= high * width:
+        size = (max(width, round(wide * height / high)), height)
+    else:
+        size = (width, max(height, round(high * width / wide)))
+    if size != image.size:
+        image = image.resize(size, KERNELS[kernel])
+    left = round((size[0] - width) * place)
+    top = round((size[1] - height) * place)
+    return image.crop((left, top, left + width, top + height))

@@ -129,16 +129,22 @@ def clipped(predict: Predict, process: Process, bound: float | jax.Array) -> Pre
     return constrained
 
 
-def dynamically_clipped(predict: Predict, process: Process, quantile: float = 0.995) -> Predict:
-    """The same with each example's x0 divided by its quantile of |x0| where that exceeds 1.
+def dynamically_clipped(
+    predict: Predict,
+    process: Process,
+    quantile: float | jax.Array = 0.995,
+    bound: float | jax.Array = 1.0,
+) -> Predict:
+    """The same with each example's x0 shrunk until its quantile of |x0| is `bound`, where above.
 
-    Dynamic thresholding (Imagen, section 2.3); the result lies in -1..1, so it is for data that do.
+    What still exceeds the bound is clipped to it. Dynamic thresholding (Imagen, section 2.3, whose
+    pixels have bound 1); whitened latents have a standard deviation of 1 and need a larger one.
     """
 
     def constrained(z_t: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
         x0 = predict(z_t, t, cond)[0]
-        bound = jnp.quantile(jnp.abs(x0).reshape(len(x0), -1), quantile, axis=1)
-        bound = rows(jnp.maximum(bound, 1.0), x0)
-        return x0_and_eps(process, "x0", z_t, jnp.clip(x0, -bound, bound) / bound, t)
+        size = jnp.quantile(jnp.abs(x0).reshape(len(x0), -1), quantile, axis=1)
+        shrink = rows(jnp.maximum(size, bound) / bound, x0)
+        return x0_and_eps(process, "x0", z_t, jnp.clip(x0 / shrink, -bound, bound), t)
 
     return constrained

@@ -219,6 +219,15 @@ def unit_time(process: Process, t: jax.Array) -> jax.Array:
     return jnp.clip((jnp.log(t) - low) / (high - low), 0.0, 1.0)
 
 
+def native_time(process: Process, u: float) -> float:
+    """The native time of a place u in [0, 1], the inverse of `unit_time`; fractional timesteps."""
+    if process.discrete:
+        return u * process.num_timesteps
+    if process.config.kind != "edm":
+        return u
+    return process.config.sigma_min ** (1 - u) * process.config.sigma_max**u
+
+
 def corrupt(process: Process, z0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
     """z_t [B, ...] from z0 and standard normal noise [B, ...] at times t [B] (DDPM eq. 4)."""
     alpha, sigma = coefficients(process, t)

@@ -72,6 +72,11 @@ class Config:
         return self.num_heads or channels // self.head_channels
 
     @property
+    def factor(self) -> int:
+        """What the sides of z_t must divide by."""
+        return 2 ** (len(self.width_multipliers) - 1)
+
+    @property
     def dtype(self) -> Any:
         return resolve_dtype(self.compute_dtype)
 

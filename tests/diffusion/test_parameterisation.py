@@ -126,3 +126,15 @@ def test_dynamic_limit_leaves_data_in_range_alone():
     z_t, t = 0.1 * jax.random.normal(key_for(0, "z_t"), (1, 4, 4, 2)), jnp.array([10])
     plain = predictor(process, "x0", lambda z_t, t, cond: z_t)
     np.testing.assert_array_equal(dynamically_clipped(plain, process)(z_t, t, None)[0], z_t)
+
+
+def test_dynamic_limit_brings_the_quantile_to_the_bound():
+    process = make_process(ProcessConfig())
+    z_t, t = 3 * jax.random.normal(key_for(0, "z_t"), (2, 8, 8, 2)), jnp.array([10, 900])
+    plain = predictor(process, "x0", lambda z_t, t, cond: z_t)
+    x0 = dynamically_clipped(plain, process, 0.8, 2.0)(z_t, t, None)[0].reshape(2, -1)
+    np.testing.assert_allclose(np.quantile(np.abs(x0), 0.75, axis=1) < 2, True)
+    np.testing.assert_allclose(np.quantile(np.abs(x0), 0.81, axis=1), 2, rtol=1e-6)
+    within = np.abs(x0) < 2
+    ratio = (x0 / z_t.reshape(2, -1))[0][within[0]]
+    assert ratio.std() < 1e-6 and ratio.mean() < 1

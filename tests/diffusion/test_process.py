@@ -16,8 +16,10 @@ from ldm_jax.diffusion.process import (
     eps_from_z0,
     host_coefficients,
     make_process,
+    native_time,
     rates,
     time_of_ratio,
+    unit_time,
     z0_from_eps,
 )
 from ldm_jax.errors import InputError
@@ -180,3 +182,12 @@ def test_network_is_given_a_time_and_an_input_of_its_range(kind):
         expected, scale = np.log(t) / 4, 1 / np.sqrt(0.25 + t**2)
     np.testing.assert_allclose(seen[0][1], expected, rtol=1e-6)
     np.testing.assert_allclose(seen[0][0][:, 0, 0, 0], scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_native_time_is_the_inverse_of_the_unit_time(kind):
+    process = make_process(ProcessConfig(kind))
+    u = [0.0, 0.123, 0.5, 1.0]
+    native = np.array([native_time(process, each) for each in u])
+    np.testing.assert_allclose(unit_time(process, jnp.asarray(native)), u, atol=1e-6)
+    assert np.all(np.diff(native) > 0)

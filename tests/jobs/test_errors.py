@@ -169,10 +169,23 @@ def test_a_denoiser_that_does_not_fit_its_latents_is_refused(
     assert not (tmp_path / "w").exists()
 
 
-def test_classes_must_be_numbers(capsys, tmp_path):
-    line = refused(capsys, ["sample", f"--workdir={tmp_path}", "--classes=cat"])
-    assert "'cat'" in line
-    assert "0,3,7" in line
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--classes=cat", ["'cat'", "0,3,7"]),
+        ("--guidance-interval=0.2-0.8", ["'0.2-0.8'", "0.2,0.8"]),
+        ("--guidance-projection=none", ["'none'", "0,15"]),
+        ("--guided-channels=rgb", ["'rgb'", "0,1,2"]),
+        ("--churn=much", ["'much'", "40,0.05,50"]),
+        ("--size=8x16", ["'8x16'", "512,768"]),
+        ("--strength=0.5", ["--init-images"]),
+        ("--guidance-rescale=0.7", ["--guidance"]),
+    ],
+)
+def test_bad_flags_of_sampling_are_refused_before_the_model_is_read(capsys, tmp_path, flag, words):
+    line = refused(capsys, ["sample", f"--workdir={tmp_path}", flag])
+    for word in words:
+        assert word in line
 
 
 @pytest.fixture

@@ -1,11 +1,14 @@
 """Sample i is a function of (seed, i): neither batch size, number asked for nor mesh change it."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from ldm_jax import cli
 from ldm_jax.errors import InputError
 from ldm_jax.eval.images_out import load_npz
 from ldm_jax.jobs import sample, train_denoiser
@@ -95,6 +98,63 @@ def test_files_have_the_layout_of_adm(workdir, reference):
     np.testing.assert_array_equal(images, reference[0])
     np.testing.assert_array_equal(labels, np.arange(8))
     assert path.with_suffix(".png").stat().st_size > 100
+
+
+def test_a_run_guides_itself_by_its_other_weights(workdir, model):
+    led = sample.load_model(workdir, dataclasses.replace(ONE, step=3, guide_weights="params"))
+    assert (led.guide.step, led.guide.which, led.step, led.which) == (3, "params", 3, "ema")
+    same = jax.tree.map(np.array_equal, led.params, led.guide.params)
+    assert model.guide is None and not all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(
+    ("change", "record", "words"),
+    [
+        ({"guide_step": 6}, {}, "at step 6 with weights 'ema' is the model itself"),
+        ({"guide_step": -2}, {}, "guide-step -2 must be a checkpoint's"),
+        ({"guide_workdir": "absent"}, {}, "absent holds no run.json"),
+        ({}, {"job": "train-autoencoder"}, "belongs to `ldm train-autoencoder`"),
+        ({}, {"data": {"encoder_hash": "f" * 64}}, "has encoder_hash ffffffffffff, but"),
+        ({}, {"data": {"latent_shape": [8, 8, 2]}}, "has latent_shape .8, 8, 2., but"),
+        ({}, {"config": {"process": {"kind": "cosine"}}}, "has process .*'cosine'"),
+        ({}, {"config": {"objective": {"parameterisation": "v"}}}, "has parameterisation v, but"),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_refused(workdir, tmp_path, change, record, words):
+    def merged(old, new):
+        return old | {k: merged(old[k], v) if isinstance(v, dict) else v for k, v in new.items()}
+
+    other = merged(json.loads((workdir / "run.json").read_text()), record)
+    (tmp_path / "run.json").write_text(json.dumps(other))
+    change = change or {"guide_workdir": str(tmp_path)}
+    with pytest.raises(InputError, match=words):
+        sample.load_model(workdir, dataclasses.replace(ONE, **change))
+
+
+def test_every_flag_at_once(workdir, reference, tmp_path, capsys):
+    """On the command line, over a mesh of eight devices; what is black in the mask stays."""
+    np.savez(tmp_path / "init.npz", reference[0][:, :, [*range(8), *range(8)]])
+    mask = np.zeros((1, 8, 16), np.uint8)
+    mask[0, :, 4:8] = 255
+    np.savez(tmp_path / "mask.npz", mask)
+    arguments = [
+        *("--num=9", "--seed=2", "--steps=4", "--sampler=unipc", "--order=3", "--guidance=3"),
+        *("--guidance-interval=0.1,0.9", "--guidance-rescale=0.5", "--guidance-projection=0,5"),
+        *("--guided-channels=1", "--guide-step=3", "--clip-x0=3", "--threshold-x0=0.99"),
+        *(f"--init-images={tmp_path / 'init.npz'}", "--strength=0.8", "--progressive=2"),
+        *(f"--masks={tmp_path / 'mask.npz'}", "--size=8,16", "--tile=8", "--tile-overlap=4"),
+    ]
+    cli.main(["sample", f"--workdir={workdir}", *arguments, f"--out={tmp_path / 'out'}"])
+    images, _ = load_npz(capsys.readouterr().out.strip())
+    start = load_npz(tmp_path / "init.npz")[0][np.arange(9) % 8]
+    keep = np.broadcast_to(mask[..., None] == 0, start.shape)
+    np.testing.assert_array_equal(images[keep], start[keep])
+    assert np.abs(images[~keep].astype(int) - start[~keep]).max() > 0
+    progress = np.asarray(Image.open(tmp_path / "out-progress.png"))
+    assert progress.shape == (9 * 8 + 8 * 2, 16, 3)  # of 3 steps that are taken, at the second
+    record = json.loads((tmp_path / "out.json").read_text())
+    assert (record["guide_step"], record["guide_weights"], record["step"]) == (3, "ema", 6)
+    assert record["guidance_interval"] == [0.1, 0.9] and record["size"] == [8, 16]
 
 
 @pytest.mark.parametrize(
