@@ -116,11 +116,13 @@ def check_model(config: DenoiserRun, manifest: Manifest) -> None:
     """Raises InputError unless the denoiser's sizes are those of the latents and their labels."""
     channels = manifest.latent_shape[-1]
     backbone, conditioner = config.model.backbone, config.model.conditioner
-    for name in ("in_channels", "out_channels"):
-        if getattr(backbone, name) != channels:
+    double = 2 if config.objective.learned_variance else 1
+    for name, want in (("in_channels", channels), ("out_channels", double * channels)):
+        if getattr(backbone, name) != want:
+            twice = ", twice with learned_variance" if want != channels else ""
             raise InputError(
                 f"config.model.backbone.{name} is {getattr(backbone, name)}, but the cached "
-                f"latents have {channels} channels; set it to {channels}"
+                f"latents have {channels} channels{twice}; set it to {want}"
             )
     if conditioner.kind == "class" and conditioner.num_classes != manifest.num_classes:
         raise InputError(
