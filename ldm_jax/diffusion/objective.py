@@ -25,6 +25,7 @@ class Objective:
     offset_noise: float = 0.0  # std of a draw per example and channel, added to the noise; 0 = none
     cosine_weight: float = 0.0  # of 1 - cos(prediction, target) along the channels; 0 = none
     learned_variance: bool = False  # also of 2C channels: ddpm's variances, by the hybrid loss
+    uncertainty: int = 0  # features of a u(t) learned beside, loss / e^u + u; 0 = none; EDM2: 128
     noise_levels: NoiseLevels = NoiseLevels()
 
     def __post_init__(self):
@@ -38,6 +39,8 @@ class Objective:
             raise InputError(f"weight {self.weight!r} is unknown; choose one of {list(WEIGHTS)}")
         if not 0 < self.min_snr_gamma < np.inf:
             raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be positive; 5 is published")
+        if self.uncertainty < 0:
+            raise InputError(f"uncertainty {self.uncertainty} must not be negative; 0 = none")
         for name in ("offset_noise", "cosine_weight"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise InputError(f"{name} {getattr(self, name)} must not be negative; 0 = none")

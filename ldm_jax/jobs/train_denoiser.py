@@ -18,7 +18,7 @@ from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import denoiser, latents
 from ldm_jax.sharding import check_batch, make_mesh
-from ldm_jax.train import optim
+from ldm_jax.train import optim, uncertainty
 from ldm_jax.train.run_dir import open_run
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.steps import denoiser_loss, denoiser_losses, make_step
@@ -85,6 +85,7 @@ def run(
 
     optimizer = optim.make_optimizer(config.optim, config.num_steps)
     learning_rate = optim.learning_rate(config.optim, config.num_steps)
+    width = config.objective.uncertainty
     return fit(
         "train-denoiser",
         config,
@@ -98,6 +99,9 @@ def run(
         ),
         read=read,
         order=cache.order(config.seed),
+        init_extra=lambda _: {"uncertainty": uncertainty.init(width)} if width else {},
+        extra_axes={"uncertainty": uncertainty.axes()} if width else {},
+        train_extra=True,
         evaluate=evaluate,
     )
 
