@@ -44,11 +44,15 @@ def gradient(
     def guided(z_t: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
         def likelihood(z_t: jax.Array) -> tuple[jax.Array, jax.Array]:
             prediction = denoiser(z_t, t, cond).astype(jnp.float32)
-            each = log_likelihood(z_t, to_x0(z_t, prediction, t), t)
+            x0 = to_x0(z_t, prediction[..., : z_t.shape[-1]], t)
+            each = log_likelihood(z_t, x0, t)
             assert each.shape == t.shape, f"log-likelihood {each.shape} must be one a row {t.shape}"
             return jnp.sum(each), prediction
 
         grad, prediction = jax.grad(likelihood, has_aux=True)(z_t)
+        # A learned variance, beside z_t's channels, is left alone.
+        beside = [(0, 0)] * (z_t.ndim - 1) + [(0, prediction.shape[-1] - z_t.shape[-1])]
+        grad = jnp.pad(grad, beside)
         by = jnp.broadcast_to(jnp.asarray(scale, jnp.float32), t.shape)
         factor = (by * gain(t)).reshape(t.shape + (1,) * (z_t.ndim - 1))
         off = (by == 0).reshape(factor.shape)

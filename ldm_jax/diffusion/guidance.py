@@ -59,7 +59,7 @@ def guide(contrast: Contrast, rule: Rule) -> Denoiser:
 
     def guided(z_t: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
         weak, strong = _f32(*contrast.both(z_t, t, cond))
-        return rule(weak, strong, z_t, t)
+        return _beside(rule, weak, strong, z_t, t)
 
     return guided
 
@@ -76,7 +76,7 @@ def interval(contrast: Contrast, rule: Rule, low: Scale, high: Scale) -> Denoise
 
         def either() -> jax.Array:
             weak, strong = _f32(*contrast.both(z_t, t, cond))
-            return jnp.where(_rows(inside, strong), rule(weak, strong, z_t, t), strong)
+            return jnp.where(_rows(inside, strong), _beside(rule, weak, strong, z_t, t), strong)
 
         alone = lambda: _f32(contrast.strong(z_t, t, cond))[0]  # noqa: E731
         return jax.lax.cond(jnp.any(inside), either, alone)
@@ -176,6 +176,14 @@ def in_x0(rule: Rule, to_x0: Convert, from_x0: Convert) -> Rule:
         return jnp.where(guided == x0, strong, from_x0(z_t, guided, t))
 
     return converted
+
+
+def _beside(rule: Rule, weak: jax.Array, strong: jax.Array, z_t: jax.Array, t: jax.Array):
+    """The rule on z_t's channels; what is said beside them, a learned variance, stays strong's."""
+    count = z_t.shape[-1]
+    guided = rule(weak[..., :count], strong[..., :count], z_t, t)
+    beside = strong[..., count:]
+    return jnp.concatenate([guided, beside], axis=-1) if beside.shape[-1] else guided
 
 
 def _f32(*predictions: jax.Array) -> tuple[jax.Array, ...]:

@@ -42,7 +42,7 @@ def hybrid_vlb(
     """The variational bound's term [B] in nats a value, whose gradient reaches v alone.
 
     KL(posterior || reverse step) for t > 0 and at t = 0 the density of z0, both averaged (IDDPM
-    section 3.1). The hybrid loss adds 0.001 T times this to the mean square (their code: in bits).
+    section 3.1). The hybrid loss adds `hybrid_weight` times this to the mean square.
     """
     table = _tables(process)
     at = lambda name: rows(jnp.asarray(table[name])[t], z_t)  # noqa: E731
@@ -56,6 +56,14 @@ def hybrid_vlb(
     density = (np.log(2 * np.pi) + log_var + (z0 - mean) ** 2 * jnp.exp(-log_var)) / 2
     term = jnp.where(rows(t, z_t) > 0, kl, density)
     return jnp.mean(term, axis=tuple(range(1, term.ndim)))
+
+
+def hybrid_weight(process: Process) -> float:
+    """0.001 T, for the sum over all timesteps (IDDPM eq. 16), and in bits, as ADM and DiT have it.
+
+    DiT's own lacks the T, which is 1 at its 1000 timesteps.
+    """
+    return 0.001 * process.num_timesteps / np.log(2)
 
 
 def _tables(process: Process) -> dict[str, np.ndarray]:

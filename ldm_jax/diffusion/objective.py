@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion import noise_levels, parameterisation
+from ldm_jax.diffusion import learned_variance, noise_levels, parameterisation
 from ldm_jax.diffusion.noise_levels import NoiseLevels
 from ldm_jax.diffusion.process import Denoiser, Process, coefficients, corrupt
 from ldm_jax.errors import InputError
@@ -24,6 +24,8 @@ class Objective:
     min_snr_gamma: float = 5.0  # of weight min_snr
     offset_noise: float = 0.0  # std of a draw per example and channel, added to the noise; 0 = none
     cosine_weight: float = 0.0  # of 1 - cos(prediction, target) along the channels; 0 = none
+    learned_variance: bool = False  # also of 2C channels: ddpm's variances, by the hybrid loss
+    uncertainty: int = 0  # features of a u(t) learned beside, loss / e^u + u; 0 = none; EDM2: 128
     noise_levels: NoiseLevels = NoiseLevels()
 
     def __post_init__(self):
@@ -37,6 +39,8 @@ class Objective:
             raise InputError(f"weight {self.weight!r} is unknown; choose one of {list(WEIGHTS)}")
         if not 0 < self.min_snr_gamma < np.inf:
             raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be positive; 5 is published")
+        if self.uncertainty < 0:
+            raise InputError(f"uncertainty {self.uncertainty} must not be negative; 0 = none")
         for name in ("offset_noise", "cosine_weight"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise InputError(f"{name} {getattr(self, name)} must not be negative; 0 = none")
@@ -46,6 +50,12 @@ def check(process: Process, objective: Objective) -> None:
     """Raises InputError where the objective does not fit the process."""
     parameterisation.check(process, objective.parameterisation)
     noise_levels.check(process, objective.noise_levels)
+    name, kind = objective.parameterisation, process.config.kind
+    if objective.learned_variance and (name != "eps" or process.num_timesteps < 2):
+        raise InputError(
+            f"learned_variance is of parameterisation 'eps' at timesteps, not of {name!r} and "
+            f"process kind {kind!r}; leave it out"
+        )
 
 
 def _min_snr(objective: Objective, std: float, alpha: jax.Array, sigma: jax.Array) -> jax.Array:
@@ -120,16 +130,20 @@ def denoising_loss(
     """The loss [B] f32 of predicting the target in z0 [B, H, W, C] at native times t [B], 0 = data.
 
     Averaged over H, W and C (DDPM eq. 14, LDM eq. 2), times the weight. `cond` has leading axis B.
-    `uncertainty` t [B] -> u [B] makes it loss / e^u + u (EDM2). Raises InputError for a
-    `loss` that is not in LOSSES, or an objective that does not fit the process.
+    `uncertainty` t [B] -> u [B] makes it loss / e^u + u (EDM2). With `learned_variance` the
+    prediction has 2C channels, and the bound's term is added. Raises InputError for a `loss` that
+    is not in LOSSES, or an objective that does not fit the process.
     """
     if loss not in LOSSES:
         raise InputError(f"loss {loss!r} is unknown; choose one of {list(LOSSES)}")
     check(process, objective)
-    prediction = denoiser(corrupt(process, z0, noise, t), t, cond)
+    z_t = corrupt(process, z0, noise, t)
+    said = denoiser(z_t, t, cond)
+    prediction, v = learned_variance.split(said) if objective.learned_variance else (said, None)
     # A prediction of [B, H, W, 1] would broadcast to a plausible number.
     assert prediction.shape == noise.shape, (
-        f"prediction {prediction.shape} must have z0's shape {noise.shape}"
+        f"prediction {said.shape} must have z0's shape {noise.shape}, its channels twice with "
+        "learned_variance"
     )
     f32 = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
     prediction = f32(prediction)
@@ -142,4 +156,7 @@ def denoising_loss(
         value = value * jnp.exp(-uncertainty(t)) + uncertainty(t)
     if objective.cosine_weight:
         value = value + objective.cosine_weight * direction_error(prediction, target)
+    if v is not None:
+        bound = learned_variance.hybrid_vlb(process, f32(z0), f32(z_t), prediction, f32(v), t)
+        value = value + learned_variance.hybrid_weight(process) * bound
     return value

@@ -10,11 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.diffusion import learned_variance
 from ldm_jax.diffusion.process import Denoiser, Process, coefficients, rates, rows
 from ldm_jax.errors import InputError
 
-Predict = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
-"""(z_t [B, ...], native time t [B], cond) -> (x0, eps), each like z_t: what samplers speak to."""
+Predict = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, ...]]
+"""(z_t [B, ...], native time t [B], cond) -> (x0, eps), each like z_t: what samplers speak to.
+
+A third, where there is one, is v of `learned_variance`, for `ddpm`; others pass over it.
+"""
 
 Weights = tuple[jax.Array, jax.Array]
 
@@ -106,15 +110,18 @@ def x0_and_eps(
 
 
 def predictor(process: Process, name: str, denoiser: Denoiser) -> Predict:
-    """What the denoiser says, as data and noise; raises InputError as `check` does."""
+    """What the denoiser says, as data and noise; raises InputError as `check` does.
+
+    One that says twice the channels has learned its variances: they are v, the third.
+    """
     check(process, name)
 
-    def predict(z_t: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
-        prediction = denoiser(z_t, t, cond)
-        assert prediction.shape == z_t.shape, (
-            f"prediction {prediction.shape} must have z_t's shape {z_t.shape}"
-        )
-        return x0_and_eps(process, name, z_t, prediction.astype(z_t.dtype), t)
+    def predict(z_t: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, ...]:
+        said, v = denoiser(z_t, t, cond).astype(z_t.dtype), ()
+        if name == "eps" and process.discrete and said.shape[-1] == 2 * z_t.shape[-1]:
+            said, *v = learned_variance.split(said)
+        assert said.shape == z_t.shape, f"prediction {said.shape} must have z_t's shape {z_t.shape}"
+        return *x0_and_eps(process, name, z_t, said, t), *v
 
     return predict
 
@@ -122,9 +129,10 @@ def predictor(process: Process, name: str, denoiser: Denoiser) -> Predict:
 def clipped(predict: Predict, process: Process, bound: float | jax.Array) -> Predict:
     """The same with x0 kept in -bound..bound, and the eps that then explains z_t."""
 
-    def constrained(z_t: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
-        x0 = jnp.clip(predict(z_t, t, cond)[0], -bound, bound)
-        return x0_and_eps(process, "x0", z_t, x0, t)
+    def constrained(z_t: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, ...]:
+        x0, _, *v = predict(z_t, t, cond)
+        x0 = jnp.clip(x0, -bound, bound)
+        return *x0_and_eps(process, "x0", z_t, x0, t), *v
 
     return constrained
 
@@ -141,10 +149,11 @@ def dynamically_clipped(
     pixels have bound 1); whitened latents have a standard deviation of 1 and need a larger one.
     """
 
-    def constrained(z_t: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, jax.Array]:
-        x0 = predict(z_t, t, cond)[0]
+    def constrained(z_t: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, ...]:
+        x0, _, *v = predict(z_t, t, cond)
         size = jnp.quantile(jnp.abs(x0).reshape(len(x0), -1), quantile, axis=1)
         shrink = rows(jnp.maximum(size, bound) / bound, x0)
-        return x0_and_eps(process, "x0", z_t, jnp.clip(x0 / shrink, -bound, bound), t)
+        x0 = jnp.clip(x0 / shrink, -bound, bound)
+        return *x0_and_eps(process, "x0", z_t, x0, t), *v
 
     return constrained

@@ -51,8 +51,13 @@ def tiled(denoiser: Denoiser, tile: int, overlap: int) -> Denoiser:
             )
             return (put(total, weight * said), put(weights, weight)), None
 
-        sums = jnp.zeros(z_t.shape, jnp.float32), jnp.zeros((1, height, width, 1), jnp.float32)
-        (total, weights), _ = jax.lax.scan(add, sums, jnp.asarray(corners, jnp.int32))
+        corners = jnp.asarray(corners, jnp.int32)
+        one = jax.tree.map(lambda x: cut(x, corners[0]), (z_t, cond))
+        # A learned variance comes in channels beside z_t's.
+        channels = jax.eval_shape(denoiser, one[0], t, one[1]).shape[-1]
+        total = jnp.zeros((*z_t.shape[:3], channels), jnp.float32)
+        sums = total, jnp.zeros((1, height, width, 1), jnp.float32)
+        (total, weights), _ = jax.lax.scan(add, sums, corners)
         return total / weights
 
     return blended

@@ -18,7 +18,7 @@ from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import denoiser, latents
 from ldm_jax.sharding import check_batch, make_mesh
-from ldm_jax.train import optim
+from ldm_jax.train import optim, uncertainty
 from ldm_jax.train.run_dir import open_run
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.steps import denoiser_loss, denoiser_losses, make_step
@@ -85,6 +85,7 @@ def run(
 
     optimizer = optim.make_optimizer(config.optim, config.num_steps)
     learning_rate = optim.learning_rate(config.optim, config.num_steps)
+    width = config.objective.uncertainty
     return fit(
         "train-denoiser",
         config,
@@ -98,6 +99,9 @@ def run(
         ),
         read=read,
         order=cache.order(config.seed),
+        init_extra=lambda _: {"uncertainty": uncertainty.init(width)} if width else {},
+        extra_axes={"uncertainty": uncertainty.axes()} if width else {},
+        train_extra=True,
         evaluate=evaluate,
     )
 
@@ -116,11 +120,13 @@ def check_model(config: DenoiserRun, manifest: Manifest) -> None:
     """Raises InputError unless the denoiser's sizes are those of the latents and their labels."""
     channels = manifest.latent_shape[-1]
     backbone, conditioner = config.model.backbone, config.model.conditioner
-    for name in ("in_channels", "out_channels"):
-        if getattr(backbone, name) != channels:
+    double = 2 if config.objective.learned_variance else 1
+    for name, want in (("in_channels", channels), ("out_channels", double * channels)):
+        if getattr(backbone, name) != want:
+            twice = ", twice with learned_variance" if want != channels else ""
             raise InputError(
                 f"config.model.backbone.{name} is {getattr(backbone, name)}, but the cached "
-                f"latents have {channels} channels; set it to {channels}"
+                f"latents have {channels} channels{twice}; set it to {want}"
             )
     if conditioner.kind == "class" and conditioner.num_classes != manifest.num_classes:
         raise InputError(

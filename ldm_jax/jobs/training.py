@@ -53,6 +53,7 @@ def fit(
     order: Order,
     init_extra: Callable[[Any], Any] | None = None,
     extra_axes: Any = (),
+    train_extra: bool = False,
     start_from: Any = None,
     evaluate: loop.Evaluate | None = None,
 ) -> TrainState:
@@ -72,6 +73,7 @@ def fit(
         averages=ema.average_names(run.ema),
         init_extra=init_extra,
         extra_axes=extra_axes,
+        train_extra=train_extra,
     )
     if start_from is not None:
         copy = lambda p: jax.tree.map(jnp.copy, p)  # noqa: E731

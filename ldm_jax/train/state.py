@@ -19,7 +19,7 @@ class TrainState:
 
     `averages` are those beside it, by name (train/ema.py).
     `extra` is what a training carries besides its model: the discriminator of a first stage with
-    its optimizer, the counts of a codebook. Empty for most.
+    its optimizer, the counts of a codebook, an uncertainty. Empty for most.
     """
 
     step: jax.Array  # int32 [], number of updates done
@@ -40,12 +40,14 @@ def init_state(
     averages: Sequence[str] = (),
     init_extra: Callable[[Any], Any] | None = None,
     extra_axes: Any = (),
+    train_extra: bool = False,
 ) -> tuple[TrainState, TrainState]:
     """A fresh state, made sharded on the mesh, and the tree of its shardings.
 
     `axes` has the structure of the parameters; optimizer moments and averages take their shardings
     from it. `averages` names those beside the main one. `init_extra(params)` makes `extra`, whose
-    shardings come from `extra_axes`. No device ever holds a whole copy of what the mesh shards.
+    shardings come from `extra_axes`; with `train_extra` the optimizer, too, sees both in one tree.
+    No device ever holds a whole copy of what the mesh shards.
     """
 
     def init() -> TrainState:
@@ -56,14 +58,15 @@ def init_state(
         copy = lambda: jax.tree.map(jnp.copy, params)  # noqa: E731
         step, main = jnp.zeros((), jnp.int32), copy() if with_ema else {}
         others = {name: copy() for name in averages}
-        return TrainState(step, params, main, optimizer.init(params), extra, others)
+        trained = {**params, **extra} if train_extra else params
+        return TrainState(step, params, main, optimizer.init(trained), extra, others)
 
     shapes = jax.eval_shape(init)
     shardings: Any = TrainState(
         replicated(mesh),  # type: ignore[arg-type]  shardings stand where arrays will
         param_shardings(axes, shapes.params, mesh),
         param_shardings(axes, shapes.ema, mesh) if with_ema else {},
-        state_shardings(shapes.opt_state, axes, mesh),
+        state_shardings(shapes.opt_state, {**axes, **extra_axes} if train_extra else axes, mesh),
         state_shardings(shapes.extra, extra_axes, mesh),
         {name: param_shardings(axes, tree, mesh) for name, tree in shapes.averages.items()},
     )

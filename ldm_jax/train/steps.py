@@ -20,6 +20,7 @@ from ldm_jax.train import ema as ema_lib
 from ldm_jax.train.gradient import Batch, Loss, positions, value_and_grad
 from ldm_jax.train.guard import keep_finite, updates_done
 from ldm_jax.train.state import TrainState
+from ldm_jax.train.uncertainty import apply as uncertainty_of
 
 # (params, batch, step) -> losses f32 [B], and times [B], 0 = data, 1 = noise
 PerExample = Callable[[Any, Batch, Any], tuple[jax.Array, jax.Array]]
@@ -76,7 +77,10 @@ def denoiser_losses(
     seed: int,
     aim: objective.Objective = objective.Objective(),
 ) -> PerExample:
-    """{"moments": f32 [B,h,w,2C or C], conditions ...} -> each example's denoising loss."""
+    """{"moments": f32 [B,h,w,2C or C], conditions ...} -> each example's denoising loss.
+
+    It is by the uncertainty where `params` have one, which an average has not: evaluation is plain.
+    """
     draw_times = lambda keys: noise_levels.draw_times(process, aim.noise_levels, keys)  # noqa: E731
 
     def compute(params, batch, step):
@@ -90,8 +94,11 @@ def denoiser_losses(
         if aim.offset_noise:
             keys = draw_keys(seed, "offset_noise", step, rows)
             noise = objective.offset(aim, keys, noise)
+        u = None
+        if aim.uncertainty and "uncertainty" in params:
+            u = lambda t: uncertainty_of(params["uncertainty"], unit_time(process, t))  # noqa: E731
         per_example = objective.denoising_loss(
-            at_network(process, network), process, z0, cond, draws["t"], noise, loss.kind, aim
+            at_network(process, network), process, z0, cond, draws["t"], noise, loss.kind, aim, u
         )
         return per_example, unit_time(process, draws["t"])
 
@@ -136,22 +143,25 @@ def make_step(
 ) -> Step:
     """Gradient, update and moving average of one step; the state is donated.
 
+    `extra` is trained in one tree with the parameters, see `init_state`, but no average is of it.
     The gradient is taken in `accumulate` micro-batches, one after the other. Where the loss or the
     gradient is not finite, nothing changes but the step's number, and the metric `skipped` is 1.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        trained = {**state.params, **state.extra}
         with use_mesh(mesh):
             (value, parts), grads = value_and_grad(
                 loss,
-                state.params,
+                trained,
                 batch,
                 state.step,
                 count=accumulate,
-                shardings=shardings.params,
+                shardings={**shardings.params, **shardings.extra},
             )
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
+            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+            trained: Any = optax.apply_updates(trained, updates)
+            params, extra = ({n: trained[n] for n in old} for old in (state.params, state.extra))
             n = state.step + 1
             main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
             metrics = {
@@ -160,7 +170,7 @@ def make_step(
                 "grad_norm": optax.tree.norm(grads),
                 "lr": jnp.asarray(learning_rate(updates_done(state.opt_state)), jnp.float32),
             }
-            new = TrainState(n, params, main, opt_state, state.extra, averages)
+            new = TrainState(n, params, main, opt_state, extra, averages)
             new, metrics["skipped"] = keep_finite(state, new, value, metrics["grad_norm"])
             return new, metrics
 

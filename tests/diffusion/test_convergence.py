@@ -1,4 +1,4 @@
-"""Every sampler's order of convergence, measured in f64 on the exact denoiser of a mixture."""
+"""Every sampler's order of convergence, measured in f64 on exact denoisers."""
 
 import functools
 
@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.grid import Grid, make_grid
-from ldm_jax.diffusion.process import ProcessConfig, coefficients, make_process, rows
-from ldm_jax.diffusion.samplers import SAMPLERS
+from ldm_jax.diffusion.process import (
+    ProcessConfig,
+    coefficients,
+    host_coefficients,
+    make_process,
+    rows,
+)
+from ldm_jax.diffusion.samplers import SAMPLERS, loop, options
 from ldm_jax.keys import example_keys, key_for
 
 EDM = make_process(ProcessConfig("edm"))
@@ -29,6 +35,17 @@ DETERMINISTIC = {
 }
 """Claims. PLMS' weights are for equal steps in sigma / alpha, where its own first steps leave order
 3. UniPC's corrector lifts every order by one."""
+
+
+WEAK = {
+    "ddpm": (1, EDM, {}),
+    "ddim-eta": (1, EDM, {"eta": 0.7}),
+    "euler_ancestral": (1, EDM, {}),
+    "edm": (2, EDM, {"churn": 10.0, "inflation": 1.0}),
+    "dpmpp_2m_sde": (2, EDM, {}),
+    "sde_flow": (1, make_process(ProcessConfig("flow")), {}),
+}
+"""Claims of the law that is drawn: (order, process, options)."""
 
 
 def sampler_of(label):
@@ -69,10 +86,10 @@ def flow_of(high, low):
     return z
 
 
-def grid_of(times):
-    """A grid on sigmas, then two steps of no length that take what multistep samplers give up."""
+def grid_of(times, process=EDM):
+    """A grid on times, then two steps of no length that take what multistep samplers give up."""
     times = np.append(times, times[-1] * (1 - np.array([1e-9, 2e-9])))
-    return Grid(EDM, times, np.ones_like(times), times)
+    return Grid(process, times, *host_coefficients(process, times))
 
 
 def order_of(sampler, spacing, counts):
@@ -101,9 +118,54 @@ def test_plms_is_of_order_three_on_equal_steps():
     assert order == pytest.approx(3, abs=0.4)
 
 
-def test_every_deterministic_sampler_has_a_claim():
-    stochastic = {"ddpm", "euler_ancestral", "edm", "dpmpp_2m_sde", "sde_flow"}
-    assert {label.partition("-")[0] for label in DETERMINISTIC} | stochastic == set(SAMPLERS)
+def variance_of(monkeypatch, name, process, grid, asked, variance):
+    """Of what a sampler draws for data N(0, variance), exactly: each row has one of its noises.
+
+    With the exact denoiser a sample is linear in the initial and in every step's noise.
+    """
+    count = grid.num_steps
+
+    def basis(keys, index, like, use=0):
+        return (jnp.arange(count + 1) == index).astype(like.dtype).reshape(-1, 1, 1, 1)
+
+    def predict(z_t, t, cond):
+        alpha, sigma = (rows(c, z_t) for c in coefficients(process, t))
+        x0 = alpha * variance / (alpha**2 * variance + sigma**2) * z_t
+        return x0, (z_t - alpha * x0) / sigma
+
+    monkeypatch.setattr(loop, "step_noise", basis)
+    z_T = np.zeros((count + 1, 1, 1, 1))
+    z_T[-1] = np.sqrt(grid.alpha[0] ** 2 * variance + grid.sigma[0] ** 2)
+    run = lambda z: SAMPLERS[name.partition("-")[0]](predict, grid, z, None, None, **asked)  # noqa: E731
+    return float(np.sum(np.asarray(jax.jit(run)(z_T)) ** 2))
+
+
+def weak_order_of(monkeypatch, name, counts):
+    """The order of the variance's error, and the errors, relative."""
+    _, process, asked = WEAK[name]
+    high, low = (10.0, 0.1) if process is EDM else (0.9, 0.1)
+    errors = []
+    with jax.enable_x64(True):
+        for count in counts:
+            grid = grid_of(np.geomspace(high, low, count + 1), process)
+            got = variance_of(monkeypatch, name, process, grid, asked, STD**2)
+            want = grid.alpha[-1] ** 2 * STD**2 + grid.sigma[-1] ** 2
+            errors.append(abs(got / want - 1))
+    return -np.polyfit(np.log(counts), np.log(errors), 1)[0], errors
+
+
+@pytest.mark.parametrize("name", WEAK)
+def test_order_of_the_law_that_is_drawn_is_the_claimed_one(monkeypatch, name):
+    order, errors = weak_order_of(monkeypatch, name, [32, 128])
+    print(f"{name:15s} order {order:.2f} claimed {WEAK[name][0]}, error {errors[-1]:.1e}")
+    assert order == pytest.approx(WEAK[name][0], abs=0.3)
+
+
+def test_every_sampler_has_a_claim_and_every_stochastic_one_a_law():
+    drawing = {name for name in SAMPLERS if "temperature" in options(name)}
+    assert {label.partition("-")[0] for label in WEAK} == drawing
+    assert {name for name, *_ in STOCHASTIC} == drawing
+    assert {label.partition("-")[0] for label in [*DETERMINISTIC, *WEAK]} == set(SAMPLERS)
 
 
 def gaussian(process, mean, covariance):

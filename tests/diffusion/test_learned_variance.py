@@ -1,13 +1,21 @@
-"""Laws of learned variances: their range, the least bound, and whom its gradient reaches."""
+"""Laws of learned variances: range, bound, whom its gradient reaches, and who draws with them."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.diffusion.gradient_guidance import gradient
+from ldm_jax.diffusion.grid import Grid, make_grid
+from ldm_jax.diffusion.guidance import classifier_free, extrapolate, in_x0, interval, null_and_cond
 from ldm_jax.diffusion.learned_variance import hybrid_vlb, log_variance, posterior, split
-from ldm_jax.diffusion.process import ProcessConfig, corrupt, make_process
-from ldm_jax.keys import key_for
+from ldm_jax.diffusion.objective import Objective, denoising_loss
+from ldm_jax.diffusion.parameterisation import clipped, dynamically_clipped, predictor
+from ldm_jax.diffusion.process import ProcessConfig, corrupt, make_process, z0_from_eps
+from ldm_jax.diffusion.samplers import SAMPLERS
+from ldm_jax.diffusion.tiling import tiled
+from ldm_jax.errors import InputError
+from ldm_jax.keys import example_keys, key_for, normal_like
 
 PROCESS = make_process(ProcessConfig("ddpm_linear", 1000, 1e-4, 0.02))
 T = jnp.array([1, 5, 20])
@@ -56,3 +64,122 @@ def test_prediction_is_noise_then_variance(channels):
     eps, v = split(both)
     np.testing.assert_array_equal(jnp.concatenate([eps, v], axis=-1), both)
     assert eps.shape[-1] == channels // 2
+
+
+def eps_of(z_t, t, cond):
+    shift = 0.0 if cond is None else cond
+    return 0.5 * jnp.tanh(z_t) + jnp.sin(t / 50).reshape(-1, 1, 1, 1) + shift
+
+
+def v_of(z_t, t, cond):
+    return jnp.cos(3 * z_t) + (0.0 if cond is None else 10 * cond)
+
+
+def both(z_t, t, cond):
+    return jnp.concatenate([eps_of(z_t, t, cond), v_of(z_t, t, cond)], axis=-1)
+
+
+def test_hybrid_loss_is_the_plain_one_and_the_bound_of_all_timesteps_in_bits():
+    learned = Objective(learned_variance=True)
+    z_t = corrupt(PROCESS, Z0, NOISE, T)
+    plain = denoising_loss(eps_of, PROCESS, Z0, None, T, NOISE)
+    bound = hybrid_vlb(PROCESS, Z0, z_t, eps_of(z_t, T, None), v_of(z_t, T, None), T)
+    hybrid = denoising_loss(both, PROCESS, Z0, None, T, NOISE, objective=learned)
+    np.testing.assert_allclose(hybrid, plain + 0.001 * 1000 * bound / np.log(2), rtol=1e-5)
+
+
+def test_hybrid_loss_teaches_eps_the_plain_loss_and_v_the_bound():
+    def loss(by, objective, denoiser):
+        scaled = lambda z_t, t, cond: denoiser(z_t, t, cond) * by  # noqa: E731
+        return denoising_loss(scaled, PROCESS, Z0, None, T, NOISE, objective=objective).sum()
+
+    by = jnp.linspace(0.5, 1.5, 4).reshape(1, 1, 1, 4)
+    got = jax.grad(loss)(by, Objective(learned_variance=True), both)
+    plain = jax.grad(loss)(by[..., :2], Objective(), eps_of)
+    np.testing.assert_allclose(got[..., :2], plain, rtol=1e-5)
+    assert np.all(np.abs(got[..., 2:]) > 1e-6)
+
+
+def test_objective_refuses_what_has_no_learned_variance():
+    flow = make_process(ProcessConfig("flow"))
+    for process, name in ((PROCESS, "v"), (flow, "velocity")):
+        with pytest.raises(InputError, match=f"learned_variance is of .* not of '{name}'"):
+            objective = Objective(name, learned_variance=True)
+            denoising_loss(both, process, Z0, None, T, NOISE, objective=objective)
+    with pytest.raises(AssertionError, match="twice with learned_variance"):
+        learned = Objective(learned_variance=True)
+        denoising_loss(eps_of, PROCESS, Z0, None, T, NOISE, objective=learned)
+
+
+def drawn(name, denoiser, grid, wrap=lambda predict: predict):
+    predict = wrap(predictor(PROCESS, "eps", denoiser))
+    keys = example_keys(key_for(0, "sampler"), jnp.arange(3))
+    return jax.jit(lambda z: SAMPLERS[name](predict, grid, z, None, keys))(Z0)
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"edm", "sde_flow", "ddpm"}))
+def test_other_samplers_see_eps_alone(name):
+    grid = make_grid(PROCESS, 3)
+    np.testing.assert_array_equal(drawn(name, both, grid), drawn(name, eps_of, grid))
+
+
+def test_ddpm_draws_with_the_learned_variance():
+    """Against IDDPM's steps, over some neighbouring timesteps of the whole chain."""
+    times = np.array([9, 8, 7, 6])
+    grid = Grid(PROCESS, times.astype(np.int32), PROCESS.alpha[times], PROCESS.sigma[times])
+    keys, z_t = example_keys(key_for(0, "sampler"), jnp.arange(3)), Z0
+    for index, time in enumerate(times[:-1]):
+        t = jnp.full(3, time)
+        mean = posterior(PROCESS, z0_from_eps(PROCESS, z_t, eps_of(z_t, t, None), t), z_t, t)
+        noise = normal_like(jax.vmap(lambda k, i=index: jax.random.fold_in(k, i))(keys), z_t)
+        z_t = mean + jnp.exp(log_variance(PROCESS, v_of(z_t, t, None), t) / 2) * noise
+    np.testing.assert_allclose(drawn("ddpm", both, grid), z_t, atol=2e-5)
+    assert np.abs(drawn("ddpm", eps_of, grid) - z_t).max() > 1e-3
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_ddpm_at_the_lower_end_is_ddpm_on_grids_of_few_steps(spacing):
+    grid = make_grid(PROCESS, 5, spacing)
+    lower = lambda z_t, t, cond: jnp.concatenate(  # noqa: E731
+        [eps_of(z_t, t, cond), -jnp.ones_like(z_t)], axis=-1
+    )
+    np.testing.assert_allclose(drawn("ddpm", lower, grid), drawn("ddpm", eps_of, grid), atol=1e-6)
+    assert np.isfinite(drawn("ddpm", both, grid)).all()
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda p: clipped(p, PROCESS, 0.5), lambda p: dynamically_clipped(p, PROCESS)],
+    ids=["clipped", "dynamically_clipped"],
+)
+def test_clipping_keeps_the_learned_variance(wrap):
+    z_t = corrupt(PROCESS, Z0, NOISE, T)
+    x0, eps, v = wrap(predictor(PROCESS, "eps", both))(z_t, T, None)
+    np.testing.assert_array_equal(v, v_of(z_t, T, None))
+    plain = wrap(predictor(PROCESS, "eps", eps_of))(z_t, T, None)
+    np.testing.assert_array_equal(jnp.stack([x0, eps]), jnp.stack(plain))
+
+
+def guides(denoiser):
+    contrast = null_and_cond(denoiser, jnp.full((1, 1, 1, 1), -0.3))
+    in_z0 = in_x0(extrapolate(2.0), lambda z, p, t: 2 * z - p, lambda z, x0, t: 2 * z - x0)
+    return {
+        "scale": classifier_free(denoiser, 2.0, jnp.full((1, 1, 1, 1), -0.3)),
+        "interval": interval(contrast, in_z0, 3, 10),
+        "tiles": tiled(denoiser, 2, 1),
+        "gradient": gradient(
+            denoiser,
+            lambda z, p, t: z - p,
+            lambda z, x0, t: -jnp.sum(x0**2, (1, 2, 3)),
+            jnp.cos,
+            2.0,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["scale", "interval", "tiles", "gradient"])
+def test_guidance_guides_eps_and_keeps_the_conditional_variance(name):
+    cond = jnp.linspace(0.1, 0.5, 3).reshape(3, 1, 1, 1)
+    eps, v = split(guides(both)[name](Z0, T, cond))
+    np.testing.assert_allclose(eps, guides(eps_of)[name](Z0, T, cond), atol=1e-6)
+    np.testing.assert_allclose(v, v_of(Z0, T, cond), atol=1e-6)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.grid import DISCRETE, make_grid, uniform_grid
+from ldm_jax.diffusion.grid import make_grid, uniform_grid
 from ldm_jax.diffusion.parameterisation import predictor
 from ldm_jax.diffusion.process import (
     ProcessConfig,
@@ -16,7 +16,7 @@ from ldm_jax.diffusion.process import (
     make_process,
     rows,
 )
-from ldm_jax.diffusion.samplers import SAMPLERS, Known, ddim, ddpm, options
+from ldm_jax.diffusion.samplers import SAMPLERS, ddim, ddpm
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
 
@@ -70,38 +70,6 @@ def step_noises(keys, num_steps):
         return normal_like(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, index), Z_T)
 
     return np.asarray(jax.lax.map(one, jnp.arange(num_steps)), np.float64)
-
-
-def test_grid_has_exactly_the_steps_asked_for():
-    for num_steps in range(1, 1001):
-        grid = uniform_grid(1000, num_steps)
-        assert len(grid) == num_steps
-        assert np.all(np.diff(grid) > 0)
-        assert 0 <= grid[0] <= grid[-1] <= 999
-
-
-@pytest.mark.parametrize("num_timesteps", [1, 2, 7, 64])
-def test_grid_holds_for_short_schedules(num_timesteps):
-    for num_steps in range(1, num_timesteps + 1):
-        grid = uniform_grid(num_timesteps, num_steps)
-        assert len(set(grid.tolist())) == num_steps
-        assert 0 <= grid[0] <= grid[-1] < num_timesteps
-
-
-@pytest.mark.parametrize(("num_steps", "last"), [(50, 981), (200, 996), (250, 997), (500, 999)])
-def test_grid_is_the_published_one_when_steps_divide_timesteps(num_steps, last):
-    stride = 1000 // num_steps
-    np.testing.assert_array_equal(uniform_grid(1000, num_steps), np.arange(1, last + 1, stride))
-
-
-@pytest.mark.parametrize("process", [PROCESS, FLOW, EDM])
-@pytest.mark.parametrize("num_steps", [0, -3, 1001, 2.5, True])
-def test_grid_refuses_a_step_count_outside_the_schedule(process, num_steps):
-    if num_steps == 1001 and not process.discrete:
-        assert make_grid(process, num_steps).num_steps == num_steps
-        return
-    with pytest.raises(InputError, match=f"num_steps {num_steps}"):
-        make_grid(process, num_steps)
 
 
 @pytest.mark.parametrize(("sampler", "eta"), [(ddim, -0.1), (ddim, 1.5), (ddim, float("nan"))])
@@ -214,70 +182,11 @@ def test_full_chain_of_timesteps_ends_on_data_itself():
     np.testing.assert_allclose(sample, z0, rtol=0, atol=1e-5)
 
 
-def compiled(name, num_steps=6, **options):
-    """jitted (noise, keys) -> what a sampler returns in the process where it is at home."""
-    process, parameterisation = HOME.get(name, (PROCESS, "eps"))
-    predict = predictor(process, parameterisation, nonlinear)
-    grid = make_grid(process, num_steps)
-    run = lambda noise, keys, **traced: SAMPLERS[name](  # noqa: E731
-        predict, grid, grid.start(noise), None, keys, **options, **traced
-    )
-    return jax.jit(run)
-
-
-LOOPS = ("ddpm", "plms", "unipc", "heun")  # one of each body that the loop runs
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_known_values_are_kept_and_the_rest_is_sampled(name):
-    known = 5 + jax.random.normal(key_for(0, "known"), SHAPE)
-    mask = np.zeros((1, 4, 4, 1), np.float32)
-    mask[:, :2] = 1
-    run = compiled(name, 4)
-    plain = run(Z_T, keys_of([0, 1, 2]))
-    some = jax.jit(lambda mask, z, k: run(z, k, known=Known(known, mask)))
-    painted = some(mask, Z_T, keys_of([0, 1, 2]))
-    np.testing.assert_array_equal(painted[:, :2], known[:, :2])
-    np.testing.assert_allclose(painted[:, 2:], plain[:, 2:], atol=1e-5)  # it looks at no neighbour
-    nothing = some(0 * mask, Z_T, keys_of([0, 1, 2]))
-    np.testing.assert_allclose(nothing, plain, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", LOOPS)
-def test_frames_are_predictions_and_change_no_sample(name):
-    plain = compiled(name)(Z_T, keys_of([0, 1, 2]))
-    z0, frames = compiled(name, every=2)(Z_T, keys_of([0, 1, 2]))
-    np.testing.assert_allclose(z0, plain, atol=1e-5)
-    assert frames.shape == (3, *SHAPE)
-    assert np.all(np.abs(frames).max(axis=(1, 2, 3, 4)) > 0)
-
-
 def test_last_frame_on_a_grid_to_the_data_is_the_sample():
     z0, frames = SAMPLERS["ddim"](
         predictor(FLOW, "v", nonlinear), make_grid(FLOW, 6), Z_T, None, keys_of([0, 1, 2]), every=3
     )
     np.testing.assert_allclose(frames[-1], z0, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_memory_does_not_grow_with_the_steps(name):
-    shapes = jax.ShapeDtypeStruct((2, 16, 16, 4), jnp.float32), keys_of([0, 1])
-    peak = [
-        compiled(name, count).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-        for count in (8, 64)
-    ]
-    assert peak[1] <= peak[0] + 64 * 64  # rows of coefficients, far less than a latent a step
-
-
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if "temperature" in options(n)])
-def test_another_seed_or_temperature_does_not_compile_anew(name):
-    extra = {"eta": 1.0} if "eta" in options(name) else {}
-    run = compiled(name, **extra)
-    at = lambda seeds, temperature: run(Z_T, keys_of(seeds), temperature=temperature)  # noqa: E731
-    hot, cold, frozen = at([0, 1, 2], 1.0), at([0, 1, 2], 0.5), at([0, 1, 2], 0.0)
-    np.testing.assert_allclose(at([3, 4, 5], 0.0), frozen, atol=1e-6)
-    assert np.abs(hot - at([3, 4, 5], 1.0)).max() > 1e-3 and np.abs(hot - cold).max() > 1e-3
-    assert run._cache_size() == 1
 
 
 def test_editing_begins_at_the_noised_image():
@@ -292,50 +201,6 @@ def test_editing_begins_at_the_noised_image():
     np.testing.assert_allclose(same, corrupt(PROCESS, z0, Z_T, end), rtol=0, atol=1e-5)
     with pytest.raises(InputError, match=r"start step 20 must be in 0\.\.19"):
         make_grid(PROCESS, 20).after(20)
-
-
-@pytest.mark.parametrize(
-    ("process", "spacing"),
-    [(PROCESS, name) for name in DISCRETE]
-    + [(FLOW, name) for name in ("uniform", "shifted", "last_step")]
-    + [(EDM, name) for name in ("uniform", "karras", "exponential")],
-)
-def test_grid_goes_down_from_noise_to_data(process, spacing):
-    for count in (1, 2, 10, 100):
-        grid = make_grid(process, count, spacing)
-        assert grid.num_steps == count and np.all(np.diff(grid.times) < 0)
-        assert np.all(np.diff(grid.log_ratio) > 0) and np.all(np.diff(grid.sigma) < 0)
-        lands = spacing not in ("leading", "quad")
-        assert (grid.sigma[-1] == 0) == lands
-        # What the denoiser will compute at these times is what the coefficients say.
-        if count > 1:
-            traced = coefficients(process, jnp.asarray(grid.times[:-1]))
-            np.testing.assert_allclose(
-                traced, (grid.alpha[:-1], grid.sigma[:-1]), atol=2e-4, rtol=2e-5
-            )
-
-
-@pytest.mark.parametrize(
-    ("process", "spacing", "words"),
-    [
-        (PROCESS, "uniform", "'uniform' is not one of a 'ldm_linear'"),
-        (FLOW, "trailing", "'trailing' is not one of a 'flow'"),
-        (FLOW, "karras", "'karras' needs a finite"),
-        (EDM, "shifted", "'shifted' is for t in"),
-        (PROCESS, "karras:x", "'karras:x' must be a name"),
-        (PROCESS, "leading:2", "'leading:2' must be a name"),
-        (FLOW, "last_step:1", "must be shorter than 1"),
-    ],
-)
-def test_spacing_that_does_not_fit_is_refused(process, spacing, words):
-    with pytest.raises(InputError, match=words):
-        make_grid(process, 10, spacing)
-
-
-def test_quad_is_ldms_where_it_repeats_nothing():
-    root = np.linspace(0, 800**0.5, 20)
-    expected = ((root**2).astype(int) + 1)[::-1]
-    np.testing.assert_array_equal(make_grid(PROCESS, 20, "quad").times[:-1], expected)
 
 
 def gaussian_denoiser(mean, covariance):

@@ -87,11 +87,11 @@ def _walk(
         if noisy:
             noise = loop.step_noise(keys, at.index, z_t)
             z_t = (z_t + temperature * of["of_noise"] * noise).astype(z_t.dtype)
-        x0, eps = predict(z_t, loop.at(of["t"], z_t), cond)
+        x0, eps, *_ = predict(z_t, loop.at(of["t"], z_t), cond)
         euler = of["alpha_to"] * x0 + of["sigma_to"] * eps
 
         def corrected() -> jax.Array:
-            x0_to, eps_to = predict(euler, loop.at(of["t_to"], z_t), cond)
+            x0_to, eps_to, *_ = predict(euler, loop.at(of["t_to"], z_t), cond)
             slope = of["of_x0"] * (x0 + x0_to) + of["of_eps"] * (eps + eps_to)
             return of["of_z"] * z_t + slope / 2
 

@@ -20,6 +20,7 @@ class Plan:
     of_x0: np.ndarray  # [S, K]
     of_eps: np.ndarray  # [S, K]
     of_noise: np.ndarray  # [S]
+    of_v: np.ndarray  # [S], of (1 + v) / 2 in the logarithm of what a learned v makes of of_noise
 
 
 def walk(
@@ -38,7 +39,7 @@ def walk(
     past = jnp.zeros((depth, *z_T.shape), loop.as_state(z_T).dtype)
 
     def body(z_t: jax.Array, memory: Any, step: loop.Step, of: Any) -> tuple:
-        x0, eps = predict(z_t, loop.at(step.t, z_t), cond)
+        x0, eps, *v = predict(z_t, loop.at(step.t, z_t), cond)
         terms, remembered = [], []
         if used["of_z"]:
             terms.append(of["of_z"] * z_t)
@@ -51,16 +52,24 @@ def walk(
             remembered.append(recent[:depth])
         if used["of_noise"]:
             noise = loop.step_noise(keys, step.index, z_t)
-            terms.append(temperature * of["of_noise"] * noise)
+            learned = jnp.exp(of["of_v"] * (1 + v[0]) / 2) if v and used["of_v"] else 1.0
+            terms.append(temperature * of["of_noise"] * learned * noise)
         return jnp.asarray(sum(terms), z_t.dtype), x0, tuple(remembered)
 
     places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
     return loop.scan(body, places, z_T, keys, (past, past), vars(plan), **options)
 
 
-def plan(grid: Grid, of_z: Any = 0.0, of_x0: Any = 0.0, of_eps: Any = 0.0, of_noise: Any = 0.0):
+def plan(
+    grid: Grid,
+    of_z: Any = 0.0,
+    of_x0: Any = 0.0,
+    of_eps: Any = 0.0,
+    of_noise: Any = 0.0,
+    of_v: Any = 0.0,
+) -> Plan:
     """A plan from columns [S], or scalars for all steps; of_x0 and of_eps may have [S, K]."""
-    columns = [np.asarray(c, np.float64) for c in (of_z, of_x0, of_eps, of_noise)]
+    columns = [np.asarray(c, np.float64) for c in (of_z, of_x0, of_eps, of_noise, of_v)]
     count = grid.num_steps
     depth = max([1, *(c.shape[1] for c in columns if c.ndim == 2)])
     column = lambda c: np.broadcast_to(c, (count,))  # noqa: E731
@@ -70,5 +79,5 @@ def plan(grid: Grid, of_z: Any = 0.0, of_x0: Any = 0.0, of_eps: Any = 0.0, of_no
             return c
         return np.concatenate([column(c)[:, None], np.zeros((count, depth - 1))], axis=1)
 
-    of_z, of_x0, of_eps, of_noise = columns
-    return Plan(column(of_z), table(of_x0), table(of_eps), column(of_noise))
+    of_z, of_x0, of_eps, of_noise, of_v = columns
+    return Plan(column(of_z), table(of_x0), table(of_eps), column(of_noise), column(of_v))

@@ -117,7 +117,7 @@ def plms(
 
     def body(z_t: jax.Array, memory: Any, at: loop.Step, of: Any) -> tuple:
         first, past = memory
-        x0, eps = predict(z_t, loop.at(at.t, z_t), cond)
+        x0, eps, *_ = predict(z_t, loop.at(at.t, z_t), cond)
         recent = jnp.concatenate([eps[None], past])
         onward = of["of_z"] * z_t + of["of_first"] * first
         onward = onward + sum(of["of_eps"][k] * recent[k] for k in range(4))

@@ -51,15 +51,20 @@ def ddpm(
 ) -> Any:
     """z0 [B, H, W, C] by ancestral sampling of the posterior (DDPM eq. 6 and 7), for any process.
 
-    A grid of all T timesteps is the chain of the paper. Its law is that of `ddim` at eta = 1.
+    A grid of all T timesteps is the chain of the paper. Its law is that of `ddim` at eta = 1, but
+    for a denoiser of learned variances: theirs lie between the posterior's and beta (IDDPM eq. 15).
     """
     share = squared_ratio(grid)
+    # Half of ln(beta / posterior variance) of each step; onto data itself there is no noise.
+    to = np.where(grid.sigma[1:] > 0, grid.sigma[1:], grid.sigma[:-1])
+    wider = np.log(grid.sigma[:-1] / to)
     steps = plan(
         grid,
         of_z=grid.alpha[:-1] * grid.sigma[1:] ** 2 / (grid.alpha[1:] * grid.sigma[:-1] ** 2),
         of_x0=grid.alpha[1:] * (1 - share),
         # 0 where the target is data itself: the last draw is then not used.
         of_noise=np.sqrt(posterior_variance(grid)),
+        of_v=wider,
     )
     return walk(predict, grid, steps, z_T, cond, keys, temperature, **options)
 

@@ -36,7 +36,7 @@ def unipc(
 
     def body(z_t: jax.Array, memory: Any, at: loop.Step, of: Any) -> tuple:
         before, past = memory
-        x0, _ = predict(z_t, loop.at(at.t, z_t), cond)
+        x0, *_ = predict(z_t, loop.at(at.t, z_t), cond)
         recent = jnp.concatenate([x0[None], past])
         combine = lambda weights: sum(weights[k] * recent[k] for k in range(order + 1))  # noqa: E731
         z_t = of["keep"] * z_t + of["of_before"] * before + combine(of["correct"])

@@ -1,0 +1,88 @@
+"""Laws of the grids: how many steps, from where to where, and which spacings a process has."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.diffusion.grid import DISCRETE, make_grid, uniform_grid
+from ldm_jax.diffusion.process import ProcessConfig, coefficients, make_process
+from ldm_jax.errors import InputError
+
+PROCESS = make_process(ProcessConfig())
+FLOW, EDM = make_process(ProcessConfig("flow")), make_process(ProcessConfig("edm"))
+
+
+def test_grid_has_exactly_the_steps_asked_for():
+    for num_steps in range(1, 1001):
+        grid = uniform_grid(1000, num_steps)
+        assert len(grid) == num_steps
+        assert np.all(np.diff(grid) > 0)
+        assert 0 <= grid[0] <= grid[-1] <= 999
+
+
+@pytest.mark.parametrize("num_timesteps", [1, 2, 7, 64])
+def test_grid_holds_for_short_schedules(num_timesteps):
+    for num_steps in range(1, num_timesteps + 1):
+        grid = uniform_grid(num_timesteps, num_steps)
+        assert len(set(grid.tolist())) == num_steps
+        assert 0 <= grid[0] <= grid[-1] < num_timesteps
+
+
+@pytest.mark.parametrize(("num_steps", "last"), [(50, 981), (200, 996), (250, 997), (500, 999)])
+def test_grid_is_the_published_one_when_steps_divide_timesteps(num_steps, last):
+    stride = 1000 // num_steps
+    np.testing.assert_array_equal(uniform_grid(1000, num_steps), np.arange(1, last + 1, stride))
+
+
+@pytest.mark.parametrize("process", [PROCESS, FLOW, EDM])
+@pytest.mark.parametrize("num_steps", [0, -3, 1001, 2.5, True])
+def test_grid_refuses_a_step_count_outside_the_schedule(process, num_steps):
+    if num_steps == 1001 and not process.discrete:
+        assert make_grid(process, num_steps).num_steps == num_steps
+        return
+    with pytest.raises(InputError, match=f"num_steps {num_steps}"):
+        make_grid(process, num_steps)
+
+
+@pytest.mark.parametrize(
+    ("process", "spacing"),
+    [(PROCESS, name) for name in DISCRETE]
+    + [(FLOW, name) for name in ("uniform", "shifted", "last_step")]
+    + [(EDM, name) for name in ("uniform", "karras", "exponential")],
+)
+def test_grid_goes_down_from_noise_to_data(process, spacing):
+    for count in (1, 2, 10, 100):
+        grid = make_grid(process, count, spacing)
+        assert grid.num_steps == count and np.all(np.diff(grid.times) < 0)
+        assert np.all(np.diff(grid.log_ratio) > 0) and np.all(np.diff(grid.sigma) < 0)
+        lands = spacing not in ("leading", "quad")
+        assert (grid.sigma[-1] == 0) == lands
+        # What the denoiser will compute at these times is what the coefficients say.
+        if count > 1:
+            traced = coefficients(process, jnp.asarray(grid.times[:-1]))
+            np.testing.assert_allclose(
+                traced, (grid.alpha[:-1], grid.sigma[:-1]), atol=2e-4, rtol=2e-5
+            )
+
+
+@pytest.mark.parametrize(
+    ("process", "spacing", "words"),
+    [
+        (PROCESS, "uniform", "'uniform' is not one of a 'ldm_linear'"),
+        (FLOW, "trailing", "'trailing' is not one of a 'flow'"),
+        (FLOW, "karras", "'karras' needs a finite"),
+        (EDM, "shifted", "'shifted' is for t in"),
+        (PROCESS, "karras:x", "'karras:x' must be a name"),
+        (PROCESS, "leading:2", "'leading:2' must be a name"),
+        (FLOW, "last_step:1", "must be shorter than 1"),
+    ],
+)
+def test_spacing_that_does_not_fit_is_refused(process, spacing, words):
+    with pytest.raises(InputError, match=words):
+        make_grid(process, 10, spacing)
+
+
+def test_quad_is_ldms_where_it_repeats_nothing():
+    root = np.linspace(0, 800**0.5, 20)
+    expected = ((root**2).astype(int) + 1)[::-1]
+    np.testing.assert_array_equal(make_grid(PROCESS, 20, "quad").times[:-1], expected)
