@@ -84,18 +84,18 @@ def _train_denoiser(arguments, overrides):
 
 
 def _run_config(cls, job, arguments, overrides):
-    from ldm_jax.jobs import settings
+    from ldm_jax.jobs import config_files
     from ldm_jax.train.run_dir import check_trainable, read_run
 
     check_trainable(arguments.workdir)
     if arguments.config:
-        return settings.load_run(cls, arguments.config, overrides)
+        return config_files.load_run(cls, arguments.config, overrides)
     record = read_run(arguments.workdir)
     if record["job"] != job:
         raise InputError(
             f"workdir {arguments.workdir} belongs to `ldm {record['job']}`, not `ldm {job}`"
         )
-    return settings.apply_overrides(cls, record["config"], overrides)
+    return config_files.apply_overrides(cls, record["config"], overrides)
 
 
 def _cache_latents(arguments, overrides):
@@ -145,9 +145,30 @@ def _sample_settings(arguments):
 
 
 def _evaluate(arguments, overrides):
-    from ldm_jax.jobs import evaluate
+    from ldm_jax.jobs import evaluate, image_judge
 
-    evaluate.run(arguments.workdir, _sample_settings(arguments))
+    judged = arguments.preset or arguments.extractor
+    names = image_judge.Settings.__dataclass_fields__
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    given["preset"] = arguments.preset or ("custom" if arguments.extractor else "adm")
+    given["metrics"] = tuple(name for name in arguments.metrics.split(",") if name)
+    alone = bool(
+        arguments.reference or arguments.metrics or arguments.images or arguments.allow_few
+    )
+    judge = image_judge.Settings(**given) if judged or alone else None
+    asked = evaluate.Asked(judge, arguments.labels, arguments.keep, arguments.dataset)
+    if (arguments.workdir is None) == (not arguments.images):
+        raise InputError("give --workdir=DIR of a run, or --images=DIR_OR_NPZ of a set of images")
+    if not arguments.images:
+        if arguments.stats_only or arguments.out:
+            raise InputError("--out and --stats-only belong to --images; leave them out")
+        evaluate.run(arguments.workdir, _sample_settings(arguments), asked)
+    elif arguments.out is None:
+        raise InputError("--images needs --out: a folder of results, a file with --stats-only")
+    elif arguments.stats_only:
+        evaluate.write_statistics(arguments.images, Path(arguments.out), asked)
+    else:
+        evaluate.evaluate_set(arguments.images, Path(arguments.out), asked)
 
 
 def _weights(arguments, overrides):

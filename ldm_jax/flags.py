@@ -18,7 +18,11 @@ def make_parser(
     }
     for name, verb in verbs.items():
         if name != "weights":
-            _add_common(verb, workdir_default="runs/demo" if name == "demo" else None)
+            _add_common(
+                verb,
+                workdir_default="runs/demo" if name == "demo" else None,
+                workdir_needed=name not in ("demo", "evaluate"),
+            )
     for name in ("train-autoencoder", "train-denoiser"):
         verbs[name].add_argument(
             "--config",
@@ -49,11 +53,16 @@ def make_parser(
         help="writes OUT-progress.png: each sample a row, the image predicted every K steps",
     )
     verbs["evaluate"].add_argument(
-        "--num", type=int, default=0, help="samples (1000) or held-out images (10000) to measure"
+        "--num",
+        type=int,
+        default=0,
+        help="samples (50000, digits: 1000) or held-out images (10000) to measure",
     )
+    _add_judging(verbs["evaluate"])
     for name in ("sample", "evaluate"):
         _add_sampling(verbs[name])
-        verbs[name].usage = "%(prog)s --workdir=DIR [--FLAG=VALUE ...]"
+    verbs["sample"].usage = "%(prog)s --workdir=DIR [--FLAG=VALUE ...]"
+    verbs["evaluate"].usage = "%(prog)s (--workdir=DIR | --images=SET --out=DIR) [--FLAG=VALUE ...]"
     _add_sizes(verbs["sample"])
     _add_averaging(verbs["ema"])
     _add_weights(verbs["weights"])
@@ -76,11 +85,13 @@ def make_parser(
     return parser, verbs
 
 
-def _add_common(verb: argparse.ArgumentParser, workdir_default: str | None) -> None:
+def _add_common(
+    verb: argparse.ArgumentParser, workdir_default: str | None, workdir_needed: bool
+) -> None:
     verb.add_argument(
         "--workdir",
         type=Path,
-        required=workdir_default is None,
+        required=workdir_needed,
         default=workdir_default,
         help="run directory" + (f" (default: {workdir_default})" if workdir_default else ""),
     )
@@ -91,6 +102,40 @@ def _add_common(verb: argparse.ArgumentParser, workdir_default: str | None) -> N
     group.add_argument(
         "--distributed", action="store_true", help="join as the cluster says (TPU pods, SLURM, GKE)"
     )
+
+
+def _add_judging(verb: argparse.ArgumentParser) -> None:
+    group = verb.add_argument_group(
+        "frozen networks",
+        "Without any of these flags, first stages are measured by PSNR, SSIM and LPIPS, samples of "
+        "the digits by a classifier, all others by preset adm against their training images.",
+    )
+    add = group.add_argument
+    preset = "conventions of: adm, torch_fidelity, clean, edm2"
+    add("--preset", default="", metavar="NAME", help=preset)
+    network = "a network by its own resize: random-conv (needs no file), inception, vgg16, ..."
+    add("--extractor", default="", metavar="NAME", help=network)
+    file = "its weights (default: where `ldm weights` puts them)"
+    add("--extractor-file", default="", metavar="FILE", help=file)
+    metrics = "fid,sfid,inception_score,kid,cmmd,precision_recall,density_coverage,memorisation,"
+    metrics += "fid_infinity (default: what preset and reference allow)"
+    add("--metrics", default="", metavar="NAME,...", help=metrics)
+    reference = "statistics (.npz of ADM, torch-fidelity, EDM, ours; EDM2's .pkl), images in an "
+    reference += ".npz or a folder (default: the run's own images)"
+    add("--reference", default="", metavar="FILE_OR_DIR", help=reference)
+    few = "Frechet distances from no more images than features"
+    add("--allow-few", action="store_true", help=few)
+    labels = "of samples: the classes in turn, or drawn"
+    add("--labels", default="balanced", choices=["balanced", "random"], help=labels)
+    keep = "writes every sample there, as INDEX.png"
+    add("--keep", default="", metavar="DIR", help=keep)
+    dataset = "prints what was published for it beside ours: celebahq, ffhq, imagenet, ..."
+    add("--dataset", default="", metavar="NAME", help=dataset)
+    images = "measures a folder of images or an .npz instead of a run; results go to --out"
+    add("--images", default="", metavar="DIR_OR_NPZ", help=images)
+    add("--out", default=None, metavar="DIR", help="of --images; with --stats-only a new .npz")
+    stats = "writes statistics of --images for a --reference, and measures nothing"
+    add("--stats-only", action="store_true", help=stats)
 
 
 def _add_averaging(verb: argparse.ArgumentParser) -> None:

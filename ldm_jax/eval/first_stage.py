@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval import frechet, reconstruction
+from ldm_jax.eval import reconstruction
 
 Pictures = np.ndarray  # uint8 [B,H,W,3]
 
@@ -15,27 +15,20 @@ def measure(
     batches: Iterable[Pictures],
     *,
     lpips: Callable[[Pictures, Pictures], np.ndarray] | None = None,
-    features: Callable[[Pictures], np.ndarray] | None = None,
 ) -> dict[str, float]:
     """Figures of the reconstructions of `batches`, uint8 [B,H,W,3] each, one batch at a time.
 
     `psnr_db`, its standard deviation `psnr_db_std` and `ssim` (of images of at least 11 pixels a
     side) are means over the images; `sharpness` is the mean gradient magnitude of all
     reconstructions over that of all originals, 1 = as sharp, nan for flat originals. With `lpips`,
-    (originals, reconstructions) -> [B], its mean; with `features`, images -> [B,D], `rfid`: the
-    Fréchet distance between originals and reconstructions. `num_images` is what they are of: rfid
-    falls with it. Raises InputError without any image, and for rfid without two.
+    (originals, reconstructions) -> [B], its mean. `num_images` is what they are of. Raises
+    InputError without any image.
     """
     rows: dict[str, list[np.ndarray]] = {}
-    moments: list[frechet.Moments] = []
     for pictures in batches:
         rebuilt = reconstruct(pictures)
         for name, values in _per_image(pictures, rebuilt, lpips).items():
             rows.setdefault(name, []).append(values)
-        if features:
-            pair = [np.asarray(features(p)) for p in (pictures, rebuilt)]
-            moments = moments or [frechet.Moments.empty(f.shape[-1]) for f in pair]
-            moments = [m.add(f) for m, f in zip(moments, pair, strict=True)]
     if not rows:
         raise InputError("there are no images to measure reconstructions on; give at least one")
     columns = {name: np.concatenate(values) for name, values in rows.items()}
@@ -43,8 +36,6 @@ def measure(
     figures = {name: float(values.mean()) for name, values in columns.items()}
     figures["psnr_db_std"] = float(columns["psnr_db"].std())
     figures["sharpness"] = float(rebuilt_slope / slope) if slope else float("nan")
-    if features:
-        figures["rfid"] = frechet.distance(*moments)
     return figures | {"num_images": float(len(columns["psnr_db"]))}
 
 

@@ -40,6 +40,11 @@ def lookup(dataset: str, task: str) -> list[Row]:
     return [row for row in _rows() if (row.dataset, row.task) == (dataset, task)]
 
 
+def datasets(task: str) -> list[str]:
+    """The data sets that there are figures of a task for."""
+    return sorted({row.dataset for row in _rows() if row.task == task})
+
+
 def describe(row: Row) -> str:
     """One line for a table of results, marked as published."""
     how = [f"{row.sampler} {row.steps}".strip() if row.steps else row.sampler]

@@ -11,6 +11,7 @@ from ldm_jax.data import images
 from ldm_jax.eval.images_out import grid
 from ldm_jax.jobs import (
     cache_latents,
+    config_files,
     evaluate,
     report,
     sample,
@@ -35,8 +36,8 @@ def run(workdir: Path) -> Path:
     """
     workdir = Path(workdir)
     autoencoder_dir, denoiser_dir = workdir / "autoencoder", workdir / "denoiser"
-    first = settings.load_run(settings.AutoencoderRun, "configs/autoencoder.py:digits", [])
-    second = settings.load_run(
+    first = config_files.load_run(settings.AutoencoderRun, "configs/autoencoder.py:digits", [])
+    second = config_files.load_run(
         settings.DenoiserRun,
         "configs/denoiser.py:digits",
         [f"--config.autoencoder={autoencoder_dir.absolute()}"],

@@ -15,8 +15,9 @@ import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import cache_latents, sample, train_autoencoder, train_denoiser
+from ldm_jax.jobs.config_files import build, config_dict, load_config_file
 from ldm_jax.jobs.digit_evaluation import open_judge, sample_figures
-from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun, build, config_dict, load_config_file
+from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.train.run_dir import read_json, write_json
 
 FIRST_STAGE = "autoencoder"

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun, build
+from ldm_jax.jobs.config_files import build
+from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.models import autoencoder, denoiser
 from ldm_jax.sharding import MeshConfig, abstract_params, make_mesh
 from ldm_jax.train.checkpoint import save_params

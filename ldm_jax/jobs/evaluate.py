@@ -1,4 +1,4 @@
-"""`ldm evaluate`: figures of a trained first stage, or of a denoiser's samples of the digits."""
+"""`ldm evaluate`: figures of a first stage, of a denoiser's samples, or of a set of images."""
 
 import dataclasses
 import datetime
@@ -13,50 +13,176 @@ import numpy as np
 
 from ldm_jax.data import images
 from ldm_jax.errors import InputError
+from ldm_jax.eval import published
 from ldm_jax.eval.first_stage import measure
 from ldm_jax.interop import pretrained
-from ldm_jax.jobs import sample
+from ldm_jax.jobs import image_evaluation, image_judge, sample, sample_evaluation
+from ldm_jax.jobs.config_files import build
 from ldm_jax.jobs.digit_evaluation import open_judge, sample_figures
 from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.jobs.first_stage_evaluation import (
-    compile_lpips,
-    compile_reconstruction,
-    spread,
-)
-from ldm_jax.jobs.settings import AutoencoderRun, build
+from ldm_jax.jobs.first_stage_evaluation import compile_lpips, compile_reconstruction, spread
+from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.first_stage_loss import AutoencoderLoss
 from ldm_jax.train.run_dir import read_run
 
 Figures = dict[str, float]
-NUM_SAMPLES, NUM_RECONSTRUCTIONS = 1000, 10_000  # measured where --num does not say
+# Measured where --num does not say: samples by the digits' judge, by others, and reconstructions.
+NUM_DIGITS, NUM_SAMPLES, NUM_RECONSTRUCTIONS = 1000, 50_000, 10_000
+RESULTS = "evaluation.jsonl"
 
 
-def run(workdir: Path, settings: sample.Settings) -> Figures:
-    """Measures, prints and appends to `evaluation.jsonl`; what is measured depends on the run."""
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What of an evaluation is not the sampling."""
+
+    judge: image_judge.Settings | None = None  # None: what suits the run, see `run`
+    labels: str = "balanced"  # of samples: "balanced" | "random"
+    keep: str = ""  # folder that every sample is written into; "" = none is
+    dataset: str = ""  # whose published figures are printed beside ours; "" = none
+
+
+def run(workdir: Path, settings: sample.Settings, asked: Asked = Asked()) -> Figures:
+    """Measures, prints and appends to `evaluation.jsonl`; what is measured depends on the run.
+
+    Without a judge in `asked`, a first stage is measured by its reconstructions' PSNR, SSIM and
+    LPIPS, samples of the digits by a classifier, those of anything else by preset "adm". With one,
+    reconstructions against their originals are measured too.
+    """
     record = read_run(workdir)
-    job = record["job"]
-    how = dataclasses.asdict(settings)
-    if job == "train-autoencoder":
-        how = first_stage_settings(settings)
-        lpips = find_lpips(build(AutoencoderRun, record["config"]).loss)
-        figures = reconstruction_figures(workdir, **how, lpips=lpips)
+    if record["job"] == "train-autoencoder":
+        rows = _published(asked, "reconstruction")
+        figures = _first_stage(workdir, settings, asked, record)
     else:
-        settings = dataclasses.replace(settings, num=settings.num or NUM_SAMPLES)
-        figures = digit_figures(workdir, settings)
+        run = build(DenoiserRun, record["config"])
+        conditional = run.model.conditioner.kind == "class"
+        rows = _published(asked, "class-conditional" if conditional else "unconditional")
+        source = read_run(Path(run.autoencoder))["config"].get("images", {}).get("source")
+        if asked.judge is None and source == "digits":
+            if (asked.labels, asked.keep) != ("balanced", ""):
+                raise InputError(
+                    "--labels and --keep belong to frozen networks, and these digits are measured "
+                    "by a classifier; leave them out, or add --extractor=random-conv"
+                )
+            settings = dataclasses.replace(settings, num=settings.num or NUM_DIGITS)
+            figures = digit_figures(workdir, settings)
+            _note(workdir, record["job"], dataclasses.asdict(settings), figures)
+        else:
+            figures = image_figures(workdir, settings, asked)
+    _show(figures, rows)
+    return figures
+
+
+def evaluate_set(path: str, out: Path, asked: Asked) -> Figures:
+    """Figures of a folder of images or an .npz; OUT/evaluation.jsonl takes them."""
+    judge, rows = asked.judge or image_judge.Settings(), _published(asked, "unconditional")
+    images = image_evaluation.open_set(path)
+    evaluation = image_evaluation.prepare(
+        judge, mesh=make_mesh(MeshConfig()), folder=Path(out) / "evaluation", num=images.num
+    )
+    figures = image_evaluation.evaluate(evaluation, images, Path(out) / RESULTS)
+    _show(figures, rows)
+    return figures
+
+
+def write_statistics(path: str, out: Path, asked: Asked) -> None:
+    """Writes the statistics of a folder of images or an .npz as OUT.npz, for --reference."""
+    if out.suffix != ".npz" or out.exists():
+        raise InputError(f"--out={out} must be a new file that ends in .npz; give another")
+    judge = asked.judge or image_judge.Settings()
+    mesh = make_mesh(MeshConfig())
+    image_evaluation.write_statistics(judge, image_evaluation.open_set(path), mesh=mesh, out=out)
+
+
+def image_figures(workdir: Path, settings: sample.Settings, asked: Asked) -> Figures:
+    """Figures of a denoiser's samples by a frozen network, against its training images."""
+    settings = dataclasses.replace(settings, num=settings.num or NUM_SAMPLES)
+    model = sample.load_model(workdir, settings)
+    settings = sample.check(settings, model)
+    evaluation = image_evaluation.prepare(
+        asked.judge or image_judge.Settings(),
+        mesh=model.mesh,
+        folder=Path(workdir) / "evaluation",
+        num=settings.num,
+        own=sample_evaluation.training_images(model.first_stage),
+    )
+    draw = sample_evaluation.compile_samples(model, settings, asked.labels)
+    return image_evaluation.evaluate(
+        evaluation,
+        draw(model, Path(asked.keep) if asked.keep else None),
+        Path(workdir) / RESULTS,
+        labels=sample_evaluation.labels_kind(model.run, asked.labels),
+        sampling=sample_evaluation.sampling(settings, model.which),
+        record={"step": model.step},
+    )
+
+
+def _first_stage(
+    workdir: Path, settings: sample.Settings, asked: Asked, record: dict[str, Any]
+) -> Figures:
+    how = first_stage_settings(settings)
+    lpips = find_lpips(build(AutoencoderRun, record["config"]).loss)
+    figures = reconstruction_figures(workdir, **how, lpips=lpips)
+    _note(workdir, record["job"], how, figures)
+    if asked.judge is None:
+        return figures
+    mesh = make_mesh(MeshConfig())
+    first_stage = load_first_stage(workdir, mesh, step=how["step"], weights=how["weights"])
+    config = first_stage.run.images
+    chosen = spread(len(images.open_images(config, "held_out", augment=False)), how["limit"])
+    originals = sample_evaluation.split(config, "held_out", chosen)
+    # Every process reads all, and keeps its own rows of what all rebuild.
+    forward = compile_reconstruction(first_stage.config, mesh, 100)
+    made_by = f"{originals.digest} by step {first_stage.step}"
+    rebuilt = dataclasses.replace(
+        originals,
+        open=lambda rows: lambda i: forward(first_stage.params, originals.open(rows)(i)),
+        digest=made_by,
+        name="the reconstructions",
+    )
+    if jax.process_count() > 1:
+        raise InputError("rFID is measured by one process; run `ldm evaluate` on one machine")
+    evaluation = image_evaluation.prepare(
+        asked.judge,
+        mesh=mesh,
+        folder=Path(workdir) / "evaluation",
+        num=rebuilt.num,
+        own=originals,
+    )
+    record = {"step": first_stage.step}
+    results = Path(workdir) / RESULTS
+    return figures | image_evaluation.evaluate(
+        evaluation, rebuilt, results, prefix="r", record=record
+    )
+
+
+def _note(workdir: Path, job: str, how: dict[str, Any], figures: Figures) -> None:
+    """A line of figures that stand outside of any protocol."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    line = {"job": job, "time": now, "settings": how, "figures": figures}
+    if jax.process_index() == 0:
+        with (Path(workdir) / RESULTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _published(asked: Asked, task: str) -> list[published.Row]:
+    """What was published of the data set that was named; InputError for one nobody published of."""
+    rows = published.lookup(asked.dataset, task) if asked.dataset else []
+    if asked.dataset and not rows:
+        raise InputError(
+            f"dataset {asked.dataset!r} has no published {task} figures; there are those of "
+            f"{published.datasets(task)}"
+        )
+    return rows
+
+
+def _show(figures: Figures, rows: list[published.Row]) -> None:
+    """Ours, then the published ones."""
     if jax.process_index() == 0:
         for name, value in figures.items():
-            print(f"{name:32s} {value:.4f}")
-    line = {
-        "job": job,
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "settings": how,
-        "figures": figures,
-    }
-    if jax.process_index() == 0:
-        with (Path(workdir) / "evaluation.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-    return figures
+            print(f"{name:40s} {value:.4f}")
+        for row in rows:
+            print(published.describe(row))
 
 
 def first_stage_settings(settings: sample.Settings) -> dict[str, Any]:
@@ -91,7 +217,6 @@ def reconstruction_figures(
     step: int = -1,
     weights: str = "auto",
     lpips: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
-    features: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Figures:
     """Figures of at most `limit` images spread over the held-out split.
 
@@ -113,7 +238,6 @@ def reconstruction_figures(
         lambda pictures: forward(first_stage.params, pictures),
         batches(),
         lpips=lpips,
-        features=features,
     )
     return figures | {"step": float(first_stage.step)}
 

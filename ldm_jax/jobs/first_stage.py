@@ -10,7 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
-from ldm_jax.jobs.settings import AutoencoderRun, build
+from ldm_jax.jobs.config_files import build
+from ldm_jax.jobs.settings import AutoencoderRun
 from ldm_jax.models import autoencoder
 from ldm_jax.sharding import abstract_params, host_array
 from ldm_jax.train.checkpoint import load_weights

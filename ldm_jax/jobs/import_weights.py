@@ -11,7 +11,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop import compvis, diffusers
 from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
 from ldm_jax.interop.names import to_ours
-from ldm_jax.jobs import settings
+from ldm_jax.jobs import config_files, settings
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train import ema
 from ldm_jax.train.checkpoint import save_params
@@ -31,7 +31,7 @@ def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
         raise InputError(f"{source} does not exist; check --from")
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise InputError(f"workdir {workdir} is not empty; import into a new one")
-    values = settings.load_config_file(config) if config else {}
+    values = config_files.load_config_file(config) if config else {}
     if source.is_dir():
         fields = diffusers.read_config(source)
         run_config = _settings(_with_architecture(values, fields), overrides)
@@ -59,7 +59,7 @@ def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
 
 
 def _settings(values: dict[str, Any], overrides: list[str]) -> settings.AutoencoderRun:
-    run_config = settings.apply_overrides(settings.AutoencoderRun, values, overrides)
+    run_config = config_files.apply_overrides(settings.AutoencoderRun, values, overrides)
     assert isinstance(run_config, settings.AutoencoderRun)
     return dataclasses.replace(run_config, ema=ema.Config(decay=0.0))
 

@@ -7,9 +7,10 @@ from typing import Any
 from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
+from ldm_jax.jobs.config_files import build
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.jobs.sample_settings import Settings
-from ldm_jax.jobs.settings import DenoiserRun, build
+from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.models import denoiser, latents
 from ldm_jax.sharding import MeshConfig, abstract_params, make_mesh
 from ldm_jax.train.checkpoint import Weights, load_weights

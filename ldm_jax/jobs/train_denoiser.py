@@ -12,7 +12,7 @@ from ldm_jax.data.latent_manifest import Manifest
 from ldm_jax.diffusion import objective
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import denoiser_evaluation
+from ldm_jax.jobs import denoiser_evaluation, training_samples
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.jobs.training import check_traces, fit
@@ -77,6 +77,12 @@ def run(
         conditional = dataclasses.replace(config.loss, label_dropout=0.0)
         judged = losses(conditional, denoiser_evaluation.SEED)
         evaluate = denoiser_evaluation.make_evaluation(config, mesh, held_out, needed, judged)
+    if config.samples.num:
+        shape = tuple(manifest.latent_shape)
+        run_samples = training_samples.make_evaluation(
+            config, workdir, mesh, first_stage, whitening, shape
+        )
+        evaluate = training_samples.joined(evaluate, run_samples)
     open_run(workdir, "train-denoiser", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:

@@ -29,6 +29,7 @@ FREE_FIELDS = (
     "max_bad_steps",
     "eval_every",
     "keep_best",
+    "samples",
     "eval_images",
     "init_from",  # its weights' hash counts
     "eval_examples",

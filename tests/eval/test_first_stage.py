@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval import frechet, reconstruction
+from ldm_jax.eval import reconstruction
 from ldm_jax.eval.first_stage import measure
 
 
@@ -19,10 +19,6 @@ def blur(images):
     return np.round((x + np.roll(x, 1, 2)) / 2).astype(np.uint8)
 
 
-def features(images):
-    return images.reshape(len(images), -1)[:, :5] / 255.0
-
-
 def same(images):
     return images
 
@@ -30,11 +26,9 @@ def same(images):
 def test_figures_do_not_depend_on_the_batches():
     images = pictures(11)
     lpips = lambda x, y: np.abs(x.astype(float) - y).mean((1, 2, 3))  # noqa: E731
-    whole = measure(blur, [images], lpips=lpips, features=features)
-    parts = measure(blur, [images[:3], images[3:4], images[4:]], lpips=lpips, features=features)
-    assert set(whole) == {
-        *("psnr_db", "psnr_db_std", "ssim", "sharpness", "lpips", "rfid", "num_images")
-    }
+    whole = measure(blur, [images], lpips=lpips)
+    parts = measure(blur, [images[:3], images[3:4], images[4:]], lpips=lpips)
+    assert set(whole) == {*("psnr_db", "psnr_db_std", "ssim", "sharpness", "lpips", "num_images")}
     assert parts == pytest.approx(whole, rel=1e-9)
     assert whole["num_images"] == 11
 
@@ -43,13 +37,12 @@ def test_an_exact_reconstruction_has_the_best_of_every_figure():
     figures = measure(same, [pictures(4)], lpips=lambda x, y: x[:, 0, 0, 0] - y[:, 0, 0, 0])
     assert figures["psnr_db"] == 100 and figures["psnr_db_std"] == 0 and figures["sharpness"] == 1
     assert figures["ssim"] == pytest.approx(1, abs=1e-12) and figures["lpips"] == 0
-    assert measure(same, [pictures(9)], features=features)["rfid"] == pytest.approx(0, abs=1e-12)
 
 
 def test_each_figure_is_its_measure_over_all_images():
     a = pictures(5)
     b = blur(a)
-    got = measure(blur, [a[:2], a[2:]], lpips=lambda x, y: 1.0 * x[:, 1, 1, 0], features=features)
+    got = measure(blur, [a[:2], a[2:]], lpips=lambda x, y: 1.0 * x[:, 1, 1, 0])
     psnr = reconstruction.psnr(a, b)
     assert got["psnr_db"] == pytest.approx(psnr.mean()) and psnr.std() > 0.1
     assert got["psnr_db_std"] == pytest.approx(psnr.std())
@@ -59,8 +52,6 @@ def test_each_figure_is_its_measure_over_all_images():
     assert abs(got["sharpness"] - (slopes[1] / slopes[0]).mean()) > 1e-3
     assert got["sharpness"] < 0.95
     assert got["lpips"] == pytest.approx(a[:, 1, 1, 0].mean())
-    moments = [frechet.Moments.of(features(x)) for x in (a, b)]
-    assert got["rfid"] == pytest.approx(frechet.distance(*moments))
 
 
 def test_small_or_flat_images_have_the_figures_that_they_can_have():
@@ -74,5 +65,3 @@ def test_small_or_flat_images_have_the_figures_that_they_can_have():
 def test_no_images_are_refused():
     with pytest.raises(InputError, match="at least one"):
         measure(same, [])
-    with pytest.raises(InputError, match="at least 2 are needed"):
-        measure(same, [pictures(1)], features=features)

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop import diffusers
-from ldm_jax.jobs.settings import build
+from ldm_jax.jobs.config_files import build
 from ldm_jax.models import autoencoder
 from tests.interop.test_names import KL, VQ
 

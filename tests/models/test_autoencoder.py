@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.jobs.settings import AutoencoderRun, load_run
+from ldm_jax.jobs.config_files import load_run
+from ldm_jax.jobs.settings import AutoencoderRun
 from ldm_jax.models import autoencoder
 from tests.models.test_layers import (
     np_attend,

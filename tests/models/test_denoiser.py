@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.jobs.settings import DenoiserRun, load_run
+from ldm_jax.jobs.config_files import load_run
+from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.models import conditioners, denoiser
 from tests import tiny
 from tests.models.test_autoencoder import variants

@@ -1,0 +1,111 @@
+"""Samples of a denoiser as images to judge: drawn when they are measured, written only if asked."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm_jax.data import images as image_data
+from ldm_jax.diffusion.process import make_process
+from ldm_jax.errors import InputError
+from ldm_jax.eval import labels as label_tables
+from ldm_jax.eval.images_out import png_bytes
+from ldm_jax.eval.statistics import local_rows, pad_rows
+from ldm_jax.jobs import sample
+from ldm_jax.jobs.first_stage import FirstStage
+from ldm_jax.jobs.image_judge import Images
+from ldm_jax.jobs.sample_program import compile_sampler, numbers_of, weights_of
+from ldm_jax.jobs.settings import DenoiserRun
+from ldm_jax.sharding import process_slice, put_batch
+
+# What of the settings does not belong to the protocol: how many at a time, and which weights.
+APART = ("num", "batch_size", "step", "weights")
+
+
+Draw = Callable[[sample.Model, Path | None], Images]
+
+
+def compile_samples(model: sample.Model, settings: sample.Settings, labels: str) -> Draw:
+    """draw(model, keep) -> `settings.num` samples of this model with any weights, as images.
+
+    Sample i depends on its index and the settings alone. `labels` is "balanced" or "random", over
+    `settings.classes` or all. With `keep`, a folder, each is written there too, as INDEX.png.
+    Raises InputError for what the model cannot do.
+    """
+    settings = sample.check(settings, model)
+    for name in ("noise", "init_images"):
+        if getattr(settings, name):
+            raise InputError(f"{name} {getattr(settings, name)!r} is of `ldm sample`; leave it out")
+    size = settings.batch_size
+    rows = size // process_slice(size, model.mesh)[1]
+    label_of, program = label_table(settings, labels), compile_sampler(model, settings)
+    numbers = numbers_of(settings, make_process(model.run.process))
+
+    def draw(model: sample.Model, keep: Path | None) -> Images:
+        weights = weights_of(model)
+        if keep is not None:
+            keep.mkdir(parents=True, exist_ok=True)
+
+        def read(indices: np.ndarray) -> np.ndarray:
+            index = pad_rows(np.asarray(indices, np.int32), rows)
+            given = {"index": index, "label": label_of(index).astype(np.int32)}
+            drawn, _ = program(weights, numbers, put_batch(given, model.mesh, size))
+            pictures = local_rows(drawn)[: len(indices)]
+            if keep is not None:
+                for i, picture in zip(indices, pictures, strict=True):
+                    (keep / f"{i:06d}.png").write_bytes(png_bytes(picture))
+            return pictures
+
+        made_by = f"{model.which} of step {model.step}"
+        return Images(settings.num, lambda rows: read, "samples", made_by, rows)
+
+    return draw
+
+
+def label_table(settings: sample.Settings, kind: str) -> Callable[[np.ndarray], np.ndarray]:
+    """indices [n] -> classes int64 [n], of those that checked settings name; zeros where none."""
+    classes = np.asarray(settings.classes or (0,), np.int64)
+    if kind not in ("balanced", "random"):
+        raise InputError(f"labels {kind!r} is unknown; choose one of ('balanced', 'random')")
+    return lambda index: classes[
+        label_tables.table(kind, settings.seed, np.asarray(index, np.int64), len(classes))
+    ]
+
+
+def labels_kind(run: DenoiserRun, labels: str) -> str:
+    """What the protocol says of the labels."""
+    return labels if run.model.conditioner.kind != "none" else "none"
+
+
+def sampling(settings: sample.Settings, weights: str) -> dict[str, Any]:
+    """What of the sampling the protocol names: everything that changes a sample but the weights."""
+    default = sample.Settings()
+    how = {
+        name: value
+        for name, value in dataclasses.asdict(settings).items()
+        if name not in APART and value != getattr(default, name)
+    }
+    basic = {name: getattr(settings, name) for name in ("sampler", "steps", "guidance", "seed")}
+    return {**how, **basic, "weights": weights}
+
+
+def training_images(first_stage: FirstStage) -> Images:
+    """The images that the first stage was trained on, as it saw them but for crops and flips."""
+    return split(first_stage.run.images, "train")
+
+
+def split(config: image_data.Config, name: str, chosen: np.ndarray | None = None) -> Images:
+    """A split of a run's images, or the `chosen` of them."""
+    source = image_data.open_images(config, name, augment=False)
+    chosen = np.arange(len(source), dtype=np.int64) if chosen is None else chosen
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        if not len(indices):
+            return np.zeros((0, config.resolution, config.resolution, 3), np.uint8)
+        rows = chosen[indices]
+        return source.read(rows, rows)["image"]
+
+    digest = f"{name}:{len(chosen)}:{source.fingerprint()}"
+    return Images(len(chosen), lambda rows: read, f"the {name} images", digest)
