@@ -10,7 +10,7 @@ import pytest
 from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.parameterisation import predictor
 from ldm_jax.diffusion.process import ProcessConfig, make_process
-from ldm_jax.diffusion.samplers import SAMPLERS, Known, options
+from ldm_jax.diffusion.samplers import SAMPLERS, Known, loop, options
 from ldm_jax.keys import example_keys, key_for
 
 PROCESS = make_process(ProcessConfig())
@@ -83,6 +83,20 @@ def test_known_values_are_kept_and_the_rest_is_sampled(name):
     # The denoiser looks at no neighbour: nothing of what is known reaches the rest.
     np.testing.assert_array_equal(some[:, 2:], plain(name)[:, 2:])
     np.testing.assert_array_equal(exact(name, known=Known(z0, 0 * mask)), plain(name))
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_no_noise_is_used_twice(monkeypatch, name):
+    draws, step_noise = [], loop.step_noise
+
+    def noted(*arguments, **options):
+        draws.append(np.asarray(step_noise(*arguments, **options)))
+        return draws[-1]
+
+    monkeypatch.setattr(loop, "step_noise", noted)
+    exact(name, known=Known(Z_T, jnp.ones(SHAPE)))
+    assert len(draws) == 8  # of four steps, for what is known and for the rest
+    assert len(np.unique(np.stack(draws))) == 8 * Z_T.size
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
