@@ -8,8 +8,8 @@
 | imagenet-ldm4 | LDM, Table 15; 271 V100-days as published | not yet measured (published 10.56 FID)
 | celebahq-ldm4 | LDM, Table 12; 14.4 V100-days as published| not yet measured (published FID 5.11)
 
-The published models trained on latents of `vq-f4`, unscaled: add `--config.whitening=none`. Those of
-`kl-f4` have the same 3 channels at the same size.
+The published models trained on latents of `vq-f4`, unscaled: add `--config.whitening=none`. Those
+of `kl-f4` have the same 3 channels at the same size.
 """
 
 import ml_collections
