@@ -11,7 +11,7 @@ from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.protocol import Preset
 from ldm_jax.eval.references import Gaussian
 
-SECOND = "neighbours/"  # before the taps of a preset's second network
+SECOND = "neighbours-"  # before the taps of a preset's second network
 Figures = dict[str, float]
 
 
