@@ -19,6 +19,7 @@ TAPS = {
     "vgg16": {"fc2_relu": 4},
 }
 RANDOM = image_judge.Settings(preset="custom", extractor="random-conv")
+ADM = image_judge.Settings()
 
 
 def kernel(name):

@@ -11,12 +11,12 @@ from ldm_jax import cli
 from ldm_jax.errors import InputError
 from ldm_jax.eval import frechet, inception_score, neighbours
 from ldm_jax.eval.frechet import Moments
-from ldm_jax.jobs import image_evaluation, image_reference
+from ldm_jax.jobs import image_evaluation, image_judge
 from ldm_jax.jobs.image_evaluation import evaluate, prepare
 from ldm_jax.jobs.image_reference import open_set
-from tests.jobs.judged import RANDOM, digits, features, images_of, judges, one_device, plain  # noqa: F401
+from ldm_jax.sharding import MeshConfig, make_mesh
+from tests.jobs.judged import ADM, RANDOM, digits, features, images_of, judges, one_device, plain  # noqa: F401
 
-ADM = dataclasses.replace(RANDOM, preset="adm", extractor="")
 N = 48
 
 pytestmark = pytest.mark.usefixtures("judges")
@@ -122,8 +122,6 @@ def test_neighbours_are_by_the_second_network_where_a_preset_has_one(pictures, h
 
 
 def test_weights_that_nobody_published_are_named_so(pictures, tmp_path, monkeypatch):
-    from ldm_jax.jobs import image_judge
-
     read = image_judge.read_weights
     other = lambda name, file: read(name, file)._replace(published=name != "vgg16")  # noqa: E731
     monkeypatch.setattr(image_judge, "read_weights", other)
@@ -138,6 +136,20 @@ def test_weights_that_nobody_published_are_named_so(pictures, tmp_path, monkeypa
     ]
 
 
+@pytest.mark.parametrize(("dataset", "model"), [("celebahq", "LDM-4"), ("imagenet", "LDM-4-G")])
+def test_published_figures_are_printed_below_ours(halves, tmp_path, capsys, dataset, model):
+    flags = [f"--reference={halves / 'second'}", "--preset=adm", f"--dataset={dataset}"]
+    cli.main(["evaluate", f"--images={halves / 'first'}", f"--out={tmp_path / 'out'}", *flags])
+    lines = capsys.readouterr().out.splitlines()
+    marked = [line.startswith("published: ") for line in lines]
+    ours = marked.index(True)
+    assert marked == [False] * ours + [True] * (len(lines) - ours)
+    assert lines[0].split()[0].startswith(f"fid{N}-adm-") and ours == 8
+    assert any(line.startswith(f"published: {model} ") and "[arXiv" in line for line in lines)
+    (line,) = map(json.loads, (tmp_path / "out" / "evaluation.jsonl").read_text().splitlines())
+    assert len(line["figures"]) == ours
+
+
 def test_an_inception_score_takes_no_reference(pictures, tmp_path):
     settings = dataclasses.replace(ADM, metrics=("inception_score",))
     images = images_of(pictures)
@@ -149,68 +161,7 @@ def test_an_inception_score_takes_no_reference(pictures, tmp_path):
         prepare(ADM, mesh=one_device(), folder=tmp_path, num=images.num)
 
 
-class Broken(Exception):
-    pass
-
-
-@pytest.fixture
-def often(monkeypatch):
-    """Every call's features are saved."""
-    accumulate = image_reference.accumulate
-    saving = lambda *a, **k: accumulate(*a, **k, save_every=1)  # noqa: E731
-    monkeypatch.setattr(image_reference, "accumulate", saving)
-
-
-@pytest.mark.usefixtures("often")
-def test_a_stopped_evaluation_goes_on_bit_for_bit(pictures, tmp_path):
-    images, real = images_of(pictures), images_of(pictures[::-1], "reversed")
-    asked = []
-
-    def stopping(after):
-        def read(indices):
-            if len(asked) == after:
-                raise Broken
-            asked.append(indices)
-            return pictures[indices]
-
-        return dataclasses.replace(images, open=lambda rows: read)
-
-    def begin(folder):
-        return prepare(RANDOM, mesh=one_device(), folder=folder, num=images.num, own=real)
-
-    want = evaluate(begin(tmp_path / "whole"), images, tmp_path / "whole.jsonl")
-    with pytest.raises(Broken):
-        evaluate(begin(tmp_path / "stopped"), stopping(3), tmp_path / "stopped.jsonl")
-    assert len(asked) == 3 and not (tmp_path / "stopped.jsonl").exists()
-    got = evaluate(begin(tmp_path / "stopped"), stopping(None), tmp_path / "stopped.jsonl")
-    assert got == want
-    np.testing.assert_array_equal(np.concatenate(asked), np.arange(len(pictures)))
-    # The features are gone with the figures, the reference's stay for the next evaluation.
-    (left,) = (tmp_path / "stopped").iterdir()
-    assert left.name.startswith("reference-")
-
-
-def test_a_reference_is_measured_once_for_what_is_asked_of_it(pictures, tmp_path):
-    images, calls = images_of(pictures), []
-    real = images_of(pictures[:N], "real")
-    counted = dataclasses.replace(real, open=lambda rows: calls.append(rows) or real.open(rows))
-    results, times = [], []
-    for metrics in (("fid",), (), (), ("fid",), ("inception_score",)):
-        settings = dataclasses.replace(ADM, metrics=metrics)
-        evaluation = prepare(settings, mesh=one_device(), folder=tmp_path, num=2 * N, own=counted)
-        results.append(evaluate(evaluation, images, tmp_path / "results.jsonl"))
-        times.append(len(calls))
-    assert times == [1, 2, 2, 2, 2]
-    assert results[0] == results[3] and results[1] == results[2]
-    assert results[1].items() >= {**results[0], **results[4]}.items()
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["figures"] for line in lines] == results
-    assert lines[0]["protocol"]["sampling"]["reference"] == real.digest
-
-
 def test_figures_do_not_depend_on_the_devices(pictures, tmp_path):
-    from ldm_jax.sharding import MeshConfig, make_mesh
-
     images, real = images_of(pictures), images_of(pictures[:N], "real")
     for mesh in (one_device(), make_mesh(MeshConfig())):
         evaluation = prepare(

@@ -111,6 +111,22 @@ def test_figures_are_those_of_ldm_evaluate(trained, capsys):
     assert lines[0]["images"] == lines[2]["images"] != lines[1]["images"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (evaluate.Asked(labels="random"), "--labels and --keep belong to frozen networks"),
+        (evaluate.Asked(keep="there"), "--labels and --keep belong to frozen networks"),
+        (evaluate.Asked(dataset="ffhq"), "'ffhq' has no published class-conditional figures"),
+        (evaluate.Asked(RANDOM, labels="sorted"), "labels 'sorted' is unknown"),
+    ],
+)
+def test_what_does_not_fit_a_run_is_refused(trained, asked, words):
+    before = (trained[0] / "evaluation.jsonl").read_bytes()
+    with pytest.raises(InputError, match=words):
+        evaluate.run(trained[0], AS_TRAINED, asked)
+    assert (trained[0] / "evaluation.jsonl").read_bytes() == before
+
+
 def test_judging_changes_no_bit_of_the_training(trained, first_stage, tmp_path):
     config = dataclasses.replace(CONFIG, eval_every=0, samples=Samples(), keep_best="")
     state = train(config, first_stage, tmp_path / "run")
