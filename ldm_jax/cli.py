@@ -152,23 +152,23 @@ def _evaluate(arguments, overrides):
     given = {name: value for name, value in vars(arguments).items() if name in names}
     given["preset"] = arguments.preset or ("custom" if arguments.extractor else "adm")
     given["metrics"] = tuple(name for name in arguments.metrics.split(",") if name)
-    alone = bool(
-        arguments.reference or arguments.metrics or arguments.images or arguments.allow_few
-    )
+    others = ("reference", "metrics", "images", "allow_few", "extractor_file")
+    alone = any(getattr(arguments, name) for name in others)
     judge = image_judge.Settings(**given) if judged or alone else None
     asked = evaluate.Asked(judge, arguments.labels, arguments.keep, arguments.dataset)
+    settings = _sample_settings(arguments)
     if (arguments.workdir is None) == (not arguments.images):
         raise InputError("give --workdir=DIR of a run, or --images=DIR_OR_NPZ of a set of images")
     if not arguments.images:
         if arguments.stats_only or arguments.out:
             raise InputError("--out and --stats-only belong to --images; leave them out")
-        evaluate.run(arguments.workdir, _sample_settings(arguments), asked)
+        evaluate.run(arguments.workdir, settings, asked)
     elif arguments.out is None:
         raise InputError("--images needs --out: a folder of results, a file with --stats-only")
     elif arguments.stats_only:
-        evaluate.write_statistics(arguments.images, Path(arguments.out), asked)
+        evaluate.write_statistics(arguments.images, Path(arguments.out), settings, asked)
     else:
-        evaluate.evaluate_set(arguments.images, Path(arguments.out), asked)
+        evaluate.evaluate_set(arguments.images, Path(arguments.out), settings, asked)
 
 
 def _weights(arguments, overrides):

@@ -4,7 +4,7 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,18 @@ from ldm_jax.errors import InputError
 from ldm_jax.eval import published
 from ldm_jax.eval.first_stage import measure
 from ldm_jax.interop import pretrained
-from ldm_jax.jobs import image_evaluation, image_judge, sample, sample_evaluation
+from ldm_jax.jobs import (
+    image_evaluation,
+    image_judge,
+    reconstruction_evaluation,
+    sample,
+    sample_evaluation,
+)
 from ldm_jax.jobs.config_files import build
 from ldm_jax.jobs.digit_evaluation import open_judge, sample_figures
 from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.jobs.first_stage_evaluation import compile_lpips, compile_reconstruction, spread
+from ldm_jax.jobs.image_reference import open_set
 from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.first_stage_loss import AutoencoderLoss
@@ -30,6 +37,7 @@ Figures = dict[str, float]
 # Measured where --num does not say: samples by the digits' judge, by others, and reconstructions.
 NUM_DIGITS, NUM_SAMPLES, NUM_RECONSTRUCTIONS = 1000, 50_000, 10_000
 RESULTS = "evaluation.jsonl"
+OF_SETS = ("unconditional", "class-conditional", "text-to-image")  # published of sets of images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +81,11 @@ def run(workdir: Path, settings: sample.Settings, asked: Asked = Asked()) -> Fig
     return figures
 
 
-def evaluate_set(path: str, out: Path, asked: Asked) -> Figures:
+def evaluate_set(path: str, out: Path, settings: sample.Settings, asked: Asked) -> Figures:
     """Figures of a folder of images or an .npz; OUT/evaluation.jsonl takes them."""
-    judge, rows = asked.judge or image_judge.Settings(), _published(asked, "unconditional")
-    images = image_evaluation.open_set(path)
+    refuse_sampling(settings, asked, "a set of images is measured whole")
+    judge, rows = asked.judge or image_judge.Settings(), _published(asked, *OF_SETS)
+    images = open_set(path)
     evaluation = image_evaluation.prepare(
         judge, mesh=make_mesh(MeshConfig()), folder=Path(out) / "evaluation", num=images.num
     )
@@ -85,34 +94,42 @@ def evaluate_set(path: str, out: Path, asked: Asked) -> Figures:
     return figures
 
 
-def write_statistics(path: str, out: Path, asked: Asked) -> None:
+def write_statistics(path: str, out: Path, settings: sample.Settings, asked: Asked) -> None:
     """Writes the statistics of a folder of images or an .npz as OUT.npz, for --reference."""
+    refuse_sampling(settings, asked, "a set of images is measured whole")
+    judge = asked.judge or image_judge.Settings()
+    if judge.reference or judge.metrics or asked.dataset:
+        raise InputError(
+            "--stats-only compares with nothing; leave --reference, --metrics and --dataset out"
+        )
     if out.suffix != ".npz" or out.exists():
         raise InputError(f"--out={out} must be a new file that ends in .npz; give another")
-    judge = asked.judge or image_judge.Settings()
     mesh = make_mesh(MeshConfig())
-    image_evaluation.write_statistics(judge, image_evaluation.open_set(path), mesh=mesh, out=out)
+    image_evaluation.write_statistics(judge, open_set(path), mesh=mesh, out=out)
 
 
 def image_figures(workdir: Path, settings: sample.Settings, asked: Asked) -> Figures:
     """Figures of a denoiser's samples by a frozen network, against its training images."""
     settings = dataclasses.replace(settings, num=settings.num or NUM_SAMPLES)
+    judge = asked.judge or image_judge.Settings()
     model = sample.load_model(workdir, settings)
     settings = sample.check(settings, model)
     evaluation = image_evaluation.prepare(
-        asked.judge or image_judge.Settings(),
+        judge,
         mesh=model.mesh,
         folder=Path(workdir) / "evaluation",
         num=settings.num,
-        own=sample_evaluation.training_images(model.first_stage),
+        own=sample_evaluation.reference_of(judge, model.first_stage),
     )
     draw = sample_evaluation.compile_samples(model, settings, asked.labels)
+    images = draw(model, Path(asked.keep) if asked.keep else None)
+    image_evaluation.check_keep(evaluation, images)
     return image_evaluation.evaluate(
         evaluation,
-        draw(model, Path(asked.keep) if asked.keep else None),
+        images,
         Path(workdir) / RESULTS,
         labels=sample_evaluation.labels_kind(model.run, asked.labels),
-        sampling=sample_evaluation.sampling(settings, model.which),
+        sampling=sample_evaluation.sampling(settings, model),
         record={"step": model.step},
     )
 
@@ -120,40 +137,15 @@ def image_figures(workdir: Path, settings: sample.Settings, asked: Asked) -> Fig
 def _first_stage(
     workdir: Path, settings: sample.Settings, asked: Asked, record: dict[str, Any]
 ) -> Figures:
-    how = first_stage_settings(settings)
+    how = first_stage_settings(settings, asked)
+    judged = None
+    if asked.judge is not None:
+        mesh, results = make_mesh(MeshConfig()), Path(workdir) / RESULTS
+        judged = reconstruction_evaluation.prepare(Path(workdir), asked.judge, results, mesh, **how)
     lpips = find_lpips(build(AutoencoderRun, record["config"]).loss)
     figures = reconstruction_figures(workdir, **how, lpips=lpips)
     _note(workdir, record["job"], how, figures)
-    if asked.judge is None:
-        return figures
-    mesh = make_mesh(MeshConfig())
-    first_stage = load_first_stage(workdir, mesh, step=how["step"], weights=how["weights"])
-    config = first_stage.run.images
-    chosen = spread(len(images.open_images(config, "held_out", augment=False)), how["limit"])
-    originals = sample_evaluation.split(config, "held_out", chosen)
-    # Every process reads all, and keeps its own rows of what all rebuild.
-    forward = compile_reconstruction(first_stage.config, mesh, 100)
-    made_by = f"{originals.digest} by step {first_stage.step}"
-    rebuilt = dataclasses.replace(
-        originals,
-        open=lambda rows: lambda i: forward(first_stage.params, originals.open(rows)(i)),
-        digest=made_by,
-        name="the reconstructions",
-    )
-    if jax.process_count() > 1:
-        raise InputError("rFID is measured by one process; run `ldm evaluate` on one machine")
-    evaluation = image_evaluation.prepare(
-        asked.judge,
-        mesh=mesh,
-        folder=Path(workdir) / "evaluation",
-        num=rebuilt.num,
-        own=originals,
-    )
-    record = {"step": first_stage.step}
-    results = Path(workdir) / RESULTS
-    return figures | image_evaluation.evaluate(
-        evaluation, rebuilt, results, prefix="r", record=record
-    )
+    return figures | judged() if judged else figures
 
 
 def _note(workdir: Path, job: str, how: dict[str, Any], figures: Figures) -> None:
@@ -165,13 +157,16 @@ def _note(workdir: Path, job: str, how: dict[str, Any], figures: Figures) -> Non
             file.write(json.dumps(line) + "\n")
 
 
-def _published(asked: Asked, task: str) -> list[published.Row]:
+def _published(asked: Asked, *tasks: str) -> list[published.Row]:
     """What was published of the data set that was named; InputError for one nobody published of."""
-    rows = published.lookup(asked.dataset, task) if asked.dataset else []
-    if asked.dataset and not rows:
+    if not asked.dataset:
+        return []
+    rows = [row for task in tasks for row in published.lookup(asked.dataset, task)]
+    if not rows:
+        known = sorted({name for task in tasks for name in published.datasets(task)})
         raise InputError(
-            f"dataset {asked.dataset!r} has no published {task} figures; there are those of "
-            f"{published.datasets(task)}"
+            f"dataset {asked.dataset!r} has no published {' or '.join(tasks)} figures; there are "
+            f"those of {known}"
         )
     return rows
 
@@ -185,16 +180,25 @@ def _show(figures: Figures, rows: list[published.Row]) -> None:
             print(published.describe(row))
 
 
-def first_stage_settings(settings: sample.Settings) -> dict[str, Any]:
-    """What of the flags a first stage knows; InputError for those that only samples have."""
-    known = {"num", "step", "weights"}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if field.name not in known and value != field.default:
+def refuse_sampling(
+    settings: sample.Settings, asked: Asked, what: str, known: Container[str] = ()
+) -> None:
+    """InputError for flags, but those `known`, that are about samples and not about `what`."""
+    given = dataclasses.asdict(settings) | {"labels": asked.labels, "keep": asked.keep}
+    neutral = dataclasses.asdict(sample.Settings(num=0))
+    neutral |= {"labels": Asked.labels, "keep": Asked.keep}
+    for name, value in given.items():
+        if name not in known and value != neutral[name]:
             raise InputError(
-                f"--{field.name.replace('_', '-')} {value!r} is about samples, and this workdir "
-                "holds a first stage; leave it out"
+                f"--{name.replace('_', '-')} {value!r} is about samples, and {what}; leave it out"
             )
+
+
+def first_stage_settings(settings: sample.Settings, asked: Asked = Asked()) -> dict[str, Any]:
+    """What of the flags a first stage knows; InputError for those that only samples have."""
+    refuse_sampling(settings, asked, "this workdir holds a first stage", {"num", "step", "weights"})
+    if settings.num < 0:
+        raise InputError(f"num {settings.num} must be at least 1")
     limit = settings.num or NUM_RECONSTRUCTIONS
     return {"limit": limit, "step": settings.step, "weights": settings.weights}
 

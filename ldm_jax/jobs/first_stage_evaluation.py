@@ -24,11 +24,12 @@ SHOWN = 8  # examples in a grid
 LPIPS_BATCH = 16
 
 
-def compile_reconstruction(config: autoencoder.Config, mesh: Mesh, batch_size: int) -> Reconstruct:
-    """(params, uint8 [N,H,W,3]) -> the same through encoder, most likely latent and decoder.
+def compile_forward(
+    config: autoencoder.Config, mesh: Mesh
+) -> Callable[[Any, jax.Array], jax.Array]:
+    """(params, uint8 [B,H,W,3]) -> the same through encoder, most likely latent and decoder.
 
-    Rounded and clipped; `batch_size` images at a time, rounded up to the mesh, so that one program
-    serves any N. Every process must call it, with the same images, and gets all of them.
+    Rounded and clipped; both batches over the mesh.
     """
 
     def forward(params, image):
@@ -37,7 +38,16 @@ def compile_reconstruction(config: autoencoder.Config, mesh: Mesh, batch_size: i
             z = autoencoder.mode(config, autoencoder.encode(config, params, x))
             return autoencoder.to_uint8(autoencoder.decode(config, params, z))
 
-    forward = jax.jit(forward, out_shardings=batch_sharding(mesh))
+    return jax.jit(forward, out_shardings=batch_sharding(mesh))
+
+
+def compile_reconstruction(config: autoencoder.Config, mesh: Mesh, batch_size: int) -> Reconstruct:
+    """(params, uint8 [N,H,W,3]) -> the same, see `compile_forward`.
+
+    `batch_size` images at a time, rounded up to the mesh, so that one program serves any N. Every
+    process must call it, with the same images, and gets all of them.
+    """
+    forward = compile_forward(config, mesh)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-batch_size // ways) * ways
     index, count = process_slice(size, mesh)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ class Settings:
 
     preset: str = "adm"  # a name in PRESETS, or "custom": `extractor` by its own resize
     extractor: str = ""  # of preset "custom", a name in EXTRACTORS
-    extractor_file: str = ""  # the network's weights; "" = where `ldm weights` puts them
+    # The network's weights, of a preset of two the first one's; "" = where `ldm weights` puts them.
+    extractor_file: str = ""
     metrics: tuple[str, ...] = ()  # names in METRICS; () = all that preset and reference allow
     reference: str = ""  # file of statistics, .npz or folder of images; "" = the run's own images
     allow_few: bool = False  # Fréchet distances from no more images than features
@@ -47,6 +49,11 @@ class Settings:
             raise InputError(
                 f"extractor {self.extractor!r} is unknown; choose one of {list(EXTRACTORS)}"
             )
+        if self.extractor_file and self.extractor and EXTRACTORS[self.extractor].own_params:
+            raise InputError(
+                f"extractor {self.extractor!r} takes no weights; leave extractor-file "
+                f"{self.extractor_file!r} out"
+            )
         for name in self.metrics:
             if name not in METRICS:
                 raise InputError(f"metric {name!r} is unknown; choose one of {list(METRICS)}")
@@ -61,6 +68,7 @@ class Images:
     name: str  # for errors
     digest: str  # of the data, or what says which weights made them
     rows: int = 0  # of this process in one reading; 0 = as many as the networks take
+    keep: Path | None = None  # folder that reading writes the images into
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Judge:
             preset=self.name,
             extractor=first,
             extractor_digest=self.weights[first].digest,
-            extractor_published=self.weights[first].published,
+            extractor_published=all(weights.published for weights in self.weights.values()),
             tap=self.preset.tap,
             resize=self.preset.resize,
             quantiser="round",
@@ -105,7 +113,8 @@ def open_judge(settings: Settings, mesh: Mesh, taps: Mapping[str, None]) -> Judg
     names = [preset.extractor]
     if any(tap.startswith(SECOND) for tap in taps):
         names.append(preset.neighbours_extractor)
-    weights = {name: read_weights(name, settings.extractor_file) for name in names}
+    files = (settings.extractor_file, "")
+    weights = {name: read_weights(name, file) for name, file in zip(names, files, strict=False)}
     every = NamedSharding(mesh, P())
     params = jax.device_put({name: w.params for name, w in weights.items()}, every)
 

@@ -11,7 +11,7 @@ from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.protocol import Preset
 from ldm_jax.eval.references import Gaussian
 
-SECOND = "neighbours/"  # before the taps of a preset's second network
+SECOND = "neighbours-"  # before the taps of a preset's second network
 Figures = dict[str, float]
 
 
@@ -51,8 +51,13 @@ def _frechet(name: str):
 def _fid_infinity(preset: Preset, tap: str, images: Measured, target: Target) -> Figures:
     features = images.features(tap)
     real = frechet.Gaussian.of(*target.gaussian(tap, features.shape[1]))
-    smallest = min(5000, len(features) // 10)
+    smallest = smallest_part(len(features))
     return {"fid_infinity": frechet.extrapolated(features, real, 0, smallest=smallest).value}
+
+
+def smallest_part(num: int) -> int:
+    """Of `num` images, those of the smallest set that fid_infinity is extrapolated from."""
+    return min(5000, num // 10)
 
 
 def _inception_score(preset: Preset, tap: str, images: Measured, target: Target) -> Figures:
@@ -157,38 +162,47 @@ METRICS = {
 
 
 def choose(
-    asked: Iterable[str], preset: Preset, offered: set[str], counts: Mapping[str, int]
+    asked: Iterable[str],
+    preset: Preset,
+    offers: Callable[[str, str], bool],
+    counts: Mapping[str, int],
 ) -> tuple[str, ...]:
     """The metrics to measure: those asked for, or the usual ones that the sets allow.
 
-    `offered` is what the reference has, of "gaussian" and "features"; `counts` are the images of
-    each set. Raises InputError for a metric that is asked for and cannot be had.
+    `offers` says whether the reference has the "gaussian" or the "features" of a tap; `counts` are
+    the images of each set. Raises InputError for a metric that is asked for and cannot be had, and
+    where there is none.
     """
-    asked = tuple(asked)
     what, fewest = min(counts.items(), key=lambda item: item[1])
-    for name in asked:
+
+    def lack(name: str) -> str:
         metric = METRICS[name]
-        if not metric.tap(preset):
-            raise InputError(f"metric {name!r}: this preset has no features for it; leave it out")
-        if metric.reference and metric.reference not in offered:
-            need = {"gaussian": "statistics or images", "features": "images, not statistics alone"}
-            raise InputError(
-                f"metric {name!r} takes a reference of {need[metric.reference]}; give one with "
-                "--reference, or leave the metric out"
+        tap, least = metric.tap(preset), metric.least(preset)
+        if not tap:
+            return "this preset has no features for it; leave it out"
+        if metric.reference and not offers(metric.reference, tap):
+            need = {"gaussian": f"statistics of {tap!r} or images"}
+            need |= {"features": "images, not statistics alone"}
+            return (
+                f"it takes a reference of {need[metric.reference]}; give one with --reference, or "
+                "leave the metric out"
             )
-        if fewest < metric.least(preset):
-            raise InputError(
-                f"metric {name!r} takes {metric.least(preset)} images or more, and {what} is of "
-                f"{fewest}; take more images or leave the metric out"
+        if fewest < least:
+            return (
+                f"it takes {least} images or more, and {what} is of {fewest}; take more images or "
+                "leave the metric out"
             )
-    return asked or tuple(
-        name
-        for name, metric in METRICS.items()
-        if metric.usual(preset)
-        and metric.tap(preset)
-        and metric.reference in {"", *offered}
-        and fewest >= metric.least(preset)
-    )
+        return ""
+
+    asked = tuple(asked)
+    for name in asked:
+        if lack(name):
+            raise InputError(f"metric {name!r}: {lack(name)}")
+    usual = [name for name, metric in METRICS.items() if metric.usual(preset)]
+    chosen = asked or tuple(name for name in usual if not lack(name))
+    if not chosen:
+        raise InputError(f"no metric can be had; {usual[0]!r}: {lack(usual[0])}")
+    return chosen
 
 
 def taps(names: Iterable[str], preset: Preset, *, sums: bool) -> dict[str, None]:

@@ -14,8 +14,8 @@ from ldm_jax.eval import labels as label_tables
 from ldm_jax.eval.images_out import png_bytes
 from ldm_jax.eval.statistics import local_rows, pad_rows
 from ldm_jax.jobs import sample
-from ldm_jax.jobs.first_stage import FirstStage
-from ldm_jax.jobs.image_judge import Images
+from ldm_jax.jobs.first_stage import FirstStage, tree_hash
+from ldm_jax.jobs.image_judge import Images, Settings
 from ldm_jax.jobs.sample_program import compile_sampler, numbers_of, weights_of
 from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.sharding import process_slice, put_batch
@@ -31,8 +31,8 @@ def compile_samples(model: sample.Model, settings: sample.Settings, labels: str)
     """draw(model, keep) -> `settings.num` samples of this model with any weights, as images.
 
     Sample i depends on its index and the settings alone. `labels` is "balanced" or "random", over
-    `settings.classes` or all. With `keep`, a folder, each is written there too, as INDEX.png.
-    Raises InputError for what the model cannot do.
+    `settings.classes` or all. Every process must call `draw`. With `keep`, a folder, each is
+    written there too, as INDEX.png. Raises InputError for what the model cannot do.
     """
     settings = sample.check(settings, model)
     for name in ("noise", "init_images"):
@@ -45,8 +45,6 @@ def compile_samples(model: sample.Model, settings: sample.Settings, labels: str)
 
     def draw(model: sample.Model, keep: Path | None) -> Images:
         weights = weights_of(model)
-        if keep is not None:
-            keep.mkdir(parents=True, exist_ok=True)
 
         def read(indices: np.ndarray) -> np.ndarray:
             index = pad_rows(np.asarray(indices, np.int32), rows)
@@ -54,12 +52,13 @@ def compile_samples(model: sample.Model, settings: sample.Settings, labels: str)
             drawn, _ = program(weights, numbers, put_batch(given, model.mesh, size))
             pictures = local_rows(drawn)[: len(indices)]
             if keep is not None:
+                keep.mkdir(parents=True, exist_ok=True)
                 for i, picture in zip(indices, pictures, strict=True):
                     (keep / f"{i:06d}.png").write_bytes(png_bytes(picture))
             return pictures
 
-        made_by = f"{model.which} of step {model.step}"
-        return Images(settings.num, lambda rows: read, "samples", made_by, rows)
+        made_by = f"{model.which} of step {model.step}, weights {tree_hash(weights)[:16]}"
+        return Images(settings.num, lambda rows: read, "samples", made_by, rows, keep)
 
     return draw
 
@@ -79,7 +78,7 @@ def labels_kind(run: DenoiserRun, labels: str) -> str:
     return labels if run.model.conditioner.kind != "none" else "none"
 
 
-def sampling(settings: sample.Settings, weights: str) -> dict[str, Any]:
+def sampling(settings: sample.Settings, model: sample.Model) -> dict[str, Any]:
     """What of the sampling the protocol names: everything that changes a sample but the weights."""
     default = sample.Settings()
     how = {
@@ -88,12 +87,17 @@ def sampling(settings: sample.Settings, weights: str) -> dict[str, Any]:
         if name not in APART and value != getattr(default, name)
     }
     basic = {name: getattr(settings, name) for name in ("sampler", "steps", "guidance", "seed")}
-    return {**how, **basic, "weights": weights}
+    if model.guide:  # which the settings may leave to what is newest
+        how |= {"guide_step": model.guide.step, "guide_weights": model.guide.which}
+    return {**how, **basic, "weights": model.which}
 
 
-def training_images(first_stage: FirstStage) -> Images:
-    """The images that the first stage was trained on, as it saw them but for crops and flips."""
-    return split(first_stage.run.images, "train")
+def reference_of(judge: Settings, first_stage: FirstStage) -> Images | None:
+    """What samples are held against where no reference is named: what the first stage has seen.
+
+    As it saw them but for crops and flips. None, with nothing opened, where one is named.
+    """
+    return None if judge.reference else split(first_stage.run.images, "train")
 
 
 def split(config: image_data.Config, name: str, chosen: np.ndarray | None = None) -> Images:

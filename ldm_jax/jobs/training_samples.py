@@ -66,9 +66,9 @@ def make_evaluation(
         mesh=mesh,
         folder=Path(workdir) / "evaluation",
         num=how.num,
-        own=sample_evaluation.training_images(first_stage),
+        own=sample_evaluation.reference_of(how.judge, first_stage),
     )
-    sampling = sample_evaluation.sampling(sample.check(settings, model), which)
+    sampling = sample_evaluation.sampling(sample.check(settings, model), model)
 
     def figures(state: TrainState, step: int) -> dict[str, float]:
         trained = dataclasses.replace(model, params=state.ema or state.params, step=step)
