@@ -1,22 +1,20 @@
 """Seconds of the Fréchet step at the width of Inception's features, and its error, on this machine.
 
-    python benchmarks/frechet_time.py --out benchmarks/results/frechet_2048.json
+    python -m benchmarks.frechet_time
 
 Random features of a heavy-tailed spectrum, full covariances of a reference and of samples. Every
 second is that of the clock on the wall; other work on the machine only adds to it, so the least of
 the repetitions is the nearest to the truth. Nothing is downloaded.
 """
 
-import argparse
-import json
-import os
-import platform
 import time
-from pathlib import Path
 
 import numpy as np
 
+from benchmarks.record import keep
 from ldm_jax.eval import frechet
+
+WIDTH, IMAGES, REPEATS = 2048, 10_000, 3
 
 
 def features(count: int, width: int, seed: int) -> np.ndarray:
@@ -36,17 +34,10 @@ def timed(seconds: dict[str, list[float]], name: str, function, *arguments):
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+def main():
     seconds: dict[str, list[float]] = {}
-    first, second = (features(options.images, options.width, seed) for seed in (1, 2))
-    load = os.getloadavg()[0]
-    for _ in range(options.repetitions):
+    first, second = (features(IMAGES, WIDTH, seed) for seed in (1, 2))
+    for _ in range(REPEATS):
         reference = timed(seconds, "moments", frechet.Moments.of, first)
         samples = timed(seconds, "moments", frechet.Moments.of, second)
         pair = (reference.mean, reference.covariance, samples.mean, samples.covariance)
@@ -55,22 +46,14 @@ def main() -> None:
         step = lambda: frechet.Gaussian.fitted(samples).distance(root)  # noqa: B023, E731
         cached = timed(seconds, "with the reference's root made before", step)
         same = root.distance(root)
-    record = {
-        "width": options.width,
-        "images": options.images,
+    results = {
         "seconds": seconds,
         "distance": whole,
         "difference_of_the_two_ways": abs(whole - cached),
         "distance_of_the_reference_to_itself": same,
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "numpy": np.__version__,
-        "load_average_before_and_after": [round(load, 2), round(os.getloadavg()[0], 2)],
-        "note": "shared machine: other processes ran on the same cores",
     }
-    print(json.dumps(record, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+    plan = {"width": WIDTH, "images": IMAGES, "repeats": REPEATS}
+    print(keep("frechet_time", results, plan))
 
 
 if __name__ == "__main__":

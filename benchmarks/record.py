@@ -1,5 +1,6 @@
 """How a benchmark's figures are kept: beside the command, versions and devices they came from."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ def keep(name: str, results: Any, plan: dict[str, Any]) -> Path:
     run = describe("bench", {}, make_mesh(), {})
     made_with = {key: run[key] for key in ("git", "python", "packages", "devices")}
     made_with = {"command": f"python -m benchmarks.{name}", **made_with}
+    made_with["host"] = {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)}
     path = RESULTS / f"{name}.json"
     write_json(path, {"plan": plan, "made_with": made_with, "results": results})
     return path

@@ -8,12 +8,12 @@ each on the last one's output, as in a sampler.
 """
 
 import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.record import keep
+from benchmarks.timing import by_turns, ratios
 from ldm_jax.diffusion.grid import make_grid
 from ldm_jax.diffusion.parameterisation import predictor
 from ldm_jax.diffusion.process import ProcessConfig, at_network, make_process
@@ -56,13 +56,6 @@ def sampling(name, num_steps):
     return jax.jit(run)
 
 
-def seconds(work):
-    """(on the clock, of the processors)."""
-    clock, processors = time.perf_counter(), time.process_time()
-    work().block_until_ready()
-    return time.perf_counter() - clock, time.process_time() - processors
-
-
 def main():
     params = denoiser.init(MODEL, key_for(0, "init"))
     z, t = jax.random.normal(key_for(0, "z_T"), SHAPE), jnp.full(SHAPE[:1], 500)
@@ -81,13 +74,9 @@ def main():
     for name in NAMES:
         run = sampling(name, STEPS).lower(params, z, keys).compile()
         count = 2 * STEPS - 1 if name == "heun" else STEPS
-        loop, alone = (lambda run=run: run(params, z, keys)), (lambda count=count: calls(count))
-        seconds(loop), seconds(alone)
-        pairs = []
-        for repeat in range(REPEATS):
-            order = (loop, alone) if repeat % 2 else (alone, loop)
-            taken = {work: seconds(work) for work in order}
-            pairs.append((taken[loop], taken[alone]))
+        loop = lambda run=run: run(params, z, keys).block_until_ready()  # noqa: E731
+        alone = lambda count=count: calls(count).block_until_ready()  # noqa: E731
+        pairs = by_turns(loop, alone, REPEATS)
         (clock, processors), bare_clock = ratios(pairs), [alone[0] for _, alone in pairs]
         results[name] = {
             "calls": count,
@@ -105,23 +94,6 @@ def main():
         print(name, results[name], flush=True)
     plan = {"gflop_a_call": round(gflop, 2), "batch": SHAPE, "steps": STEPS, "repeats": REPEATS}
     print(keep("sampler_overhead", results, plan | {"limit": LIMIT}))
-
-
-def ratios(pairs):
-    """Of [(loop, bare calls)], each timed on the clock and of the processors."""
-    out = []
-    for kind in (0, 1):
-        loops, bares = ([times[kind] for times in side] for side in zip(*pairs, strict=True))
-        ratio = sorted(a / b for a, b in zip(loops, bares, strict=True))
-        quarter = len(ratio) // 4
-        out.append(
-            {
-                "median_of_ratios": round(statistics.median(ratio), 4),
-                "middle_half": [round(ratio[quarter], 4), round(ratio[-1 - quarter], 4)],
-                "ratio_of_minima": round(min(loops) / min(bares), 4),
-            }
-        )
-    return out
 
 
 def memory(name, num_steps, params, z, keys):

@@ -5,7 +5,9 @@ A folder holds, for each process, `partial-PPPPP-of-QQQQQ-POSITION.npz`, the sum
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -26,8 +28,9 @@ REMEDY = "go on with the settings it was begun with, or delete the folder to beg
 class Accumulator:
     """The statistics of this process's samples, resumed from `folder` where it was at work before.
 
-    `moments` and `kept` name taps and their widths. Raises InputError where the folder holds an
-    evaluation by another protocol, of other taps or by another number of processes.
+    `moments` and `kept` name taps and their widths. A thread sums each block, while the network has
+    the next images. Raises InputError where the folder holds an evaluation by another protocol, of
+    other taps or by another number of processes.
     """
 
     def __init__(
@@ -45,7 +48,10 @@ class Accumulator:
         self.position = 0  # samples asked of every process, up to `longest`
         self.kept = dict(kept)
         self.sums = {tap: Moments.empty(width) for tap, width in moments.items()}
-        self.held = {tap: np.zeros((0, width), np.float32) for tap, width in moments.items()}
+        self.held = {tap: np.zeros((BLOCK, width), np.float32) for tap, width in moments.items()}
+        self.filled = 0  # rows of `held`, which are in no sum yet
+        self._thread = ThreadPoolExecutor(1)
+        self._summing: Future[None] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._refuse_other(self.folder, feature_store.read_manifest(self.folder))
         self._resume()
@@ -70,23 +76,30 @@ class Accumulator:
                 )
         for tap in self.kept:
             feature_store.write(self._path(tap), self.position, features[tap])
-        for tap, held in self.held.items():
-            held = np.concatenate([held, np.asarray(features[tap], np.float32)])
-            while len(held) >= BLOCK:
-                self.sums[tap] = self.sums[tap].add(held[:BLOCK])
-                held = held[BLOCK:]
-            self.held[tap] = held
+        start = 0
+        while start < count:
+            stop = min(start + BLOCK - self.filled, count)
+            filled = self.filled + stop - start
+            for tap, held in self.held.items():
+                held[self.filled : filled] = features[tap][start:stop]
+            start, self.filled = stop, filled
+            if filled == BLOCK:
+                self._settle()
+                self._summing = self._thread.submit(self._sum, self.held)
+                self.held = {tap: np.empty_like(held) for tap, held in self.held.items()}
+                self.filled = 0
         self.position = min(self.position + rows, self.longest)
 
     def save(self) -> None:
         """Puts everything so far on disk; every process must call it at the same position."""
+        self._settle()
         for tap in self.kept:
             feature_store.sync(self._path(tap))
         header = {"protocol": self.protocol.to_json(), "position": self.position}
         arrays = {"header": np.array(json.dumps(header))}
         for tap, one in self.sums.items():
             arrays |= {f"{tap}/n": np.int64(one.count), f"{tap}/sum": one.total}
-            arrays |= {f"{tap}/outer": one.outer, f"{tap}/held": self.held[tap]}
+            arrays |= {f"{tap}/outer": one.outer, f"{tap}/held": self.held[tap][: self.filled]}
         path = self.folder / f"{self._stem}-{self.position:010d}.npz"
         write_atomically(path, lambda file: np.savez(file, **arrays))
         # Until all have this position, the one before is what they have in common.
@@ -97,10 +110,11 @@ class Accumulator:
 
     def finish(self) -> dict[str, Moments]:
         """The sums over all processes, each of exactly `num` samples, and the kept files whole."""
+        self._settle()
         out = {}
         for tap, one in self.sums.items():
-            if len(self.held[tap]):
-                one = one.add(self.held[tap])
+            if self.filled:
+                one = one.add(self.held[tap][: self.filled])
             out[tap] = merge_hosts(one)
             assert out[tap].count == self.protocol.num, f"{tap}: {out[tap].count} of all samples"
         assert self.position == self.longest, f"{self.position} of {self.longest} samples"
@@ -114,6 +128,15 @@ class Accumulator:
         """Removes this process's sums, when the figures are safe; the kept features stay."""
         for path in self._saved().values():
             path.unlink()
+
+    def _sum(self, blocks: Features) -> None:
+        for tap, block in blocks.items():
+            self.sums[tap] = self.sums[tap].add(block)
+
+    def _settle(self) -> None:
+        """Returns when every whole block is in the sums."""
+        if self._summing:
+            self._summing.result()
 
     @property
     def _stem(self) -> str:
@@ -162,7 +185,8 @@ class Accumulator:
             n, total, outer, held = (arrays[f"{tap}/{p}"] for p in ("n", "sum", "outer", "held"))
             if total.shape != one.total.shape or held.shape[1:] != one.total.shape:
                 raise InputError(f"{path}: {tap!r} has {total.size} features; {REMEDY}")
-            self.sums[tap], self.held[tap] = Moments(int(n), total, outer), held
+            self.sums[tap], self.filled = Moments(int(n), total, outer), len(held)
+            self.held[tap][: self.filled] = held
         self.position = header["position"]
 
     def _refuse_other(self, path: Path, header: dict) -> None:
@@ -180,22 +204,31 @@ def accumulate(
     moments: Mapping[str, int],
     kept: Mapping[str, int],
     save_every: int = 20,
+    save_seconds: float = 60.0,
 ) -> tuple[dict[str, Moments], Accumulator]:
-    """Measures all `protocol.num` samples, `rows` of this process a call, and saves every so often.
+    """Measures all `protocol.num` samples, `rows` of this process a call, and saves now and then.
 
     measure(indices int64 [n <= rows]) -> {tap: f32 [n, D]}, of consecutive samples; every process
     calls it equally often, at the end perhaps with none. What was measured before a kill is not
-    measured again, and the sums come out bit for bit as if it had not happened. Call `discard()` on
-    the accumulator once the figures are safe.
+    measured again, and the sums come out bit for bit as if it had not happened. Saves come after
+    multiples of `save_every` calls, `save_seconds` or more apart: an accelerator measures hundreds
+    of images while one is written. Call `discard()` on the accumulator once the figures are safe.
     """
     state = Accumulator(folder, protocol, moments=moments, kept=kept)
-    calls = 0
+    calls, saved = 0, time.monotonic()
     while state.position < state.longest:
         state.add(measure(state.indices(rows)), rows)
         calls += 1
-        if calls % save_every == 0 or state.position == state.longest:
+        due = calls % save_every == 0 and _longest(time.monotonic() - saved) >= save_seconds
+        if due or state.position == state.longest:
             state.save()
+            saved = time.monotonic()
     return state.finish(), state
+
+
+def _longest(seconds: float) -> float:
+    """The most of what all processes give: what they decide by it they decide alike."""
+    return seconds if jax.process_count() == 1 else gather_exact(np.array([seconds])).max()
 
 
 def _wait_for_all(name: str) -> None:

@@ -62,7 +62,8 @@ def evaluate(folder, devices=None, before=lambda call: None, **options):
         calls.append(indices)
         return measure(params, pictures(indices))
 
-    settings = {"moments": WIDTHS, "kept": WIDTHS, "save_every": 3} | options
+    settings = {"moments": WIDTHS, "kept": WIDTHS, "save_every": 3, "save_seconds": 0.0}
+    settings |= options
     return accumulation.accumulate(folder, PROTOCOL, call, rows, **settings)
 
 

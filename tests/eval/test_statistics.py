@@ -5,6 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -149,6 +151,41 @@ def begun(tmp_path):
     return tmp_path, saved
 
 
+def test_saves_wait_until_they_are_worth_their_time(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        tiny.evaluate(tmp_path, jax.devices()[:1], stop_at(8), save_seconds=1e6)
+    assert not list(tmp_path.glob("partial-*"))
+
+
+def slowed(monkeypatch, before):
+    """`before` is called in each sum that the accumulator's thread makes."""
+    add = Moments.add
+
+    def slow(self, features):
+        if threading.current_thread() is not threading.main_thread():
+            before()
+        return add(self, features)
+
+    monkeypatch.setattr(Moments, "add", slow)
+
+
+def test_blocks_are_summed_while_the_next_features_come(unbroken, tmp_path, monkeypatch):
+    """The sums of a block wait until the last call of the next block has begun."""
+    begun, in_time = threading.Semaphore(0), []
+    slowed(monkeypatch, lambda: in_time.append(begun.acquire(timeout=10)))
+    each = lambda call: begun.release(2) if call > 3 and call % 4 == 3 else None  # noqa: E731
+    moments, _ = tiny.evaluate(tmp_path, jax.devices()[:1], each, save_seconds=1e6)
+    assert in_time == [True] * 16
+    assert bits(moments) == bits(unbroken[0])
+
+
+def test_a_save_waits_for_the_sums(unbroken, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        slowed(patch, lambda: time.sleep(0.2))
+        tiny.evaluate(tmp_path, jax.devices()[:1], stop_at(4), save_every=4)
+    assert bits(tiny.evaluate(tmp_path, jax.devices()[:1])[0]) == bits(unbroken[0])
+
+
 def stop_at(number):
     def before(call):
         if call == number:
@@ -209,7 +246,7 @@ def test_features_that_are_not_finite_are_refused_and_change_nothing(begun):
     features["logits"][3, 2] = np.inf
     with pytest.raises(InputError, match="'logits' of image 15 are not finite"):
         state.add(features, 8)
-    assert state.position == 12 and state.sums["pool"].count + len(state.held["pool"]) == 12
+    assert state.position == 12 and state.sums["pool"].count + state.filled == 12
 
 
 def test_missing_or_unfinished_features_are_refused(unbroken, tmp_path):
