@@ -88,7 +88,7 @@ def plain(figures):
 
 
 def evaluate_trained(out, step):
-    """{stage: figures} of both trainings of `tests/train/worker.py`, by `ldm evaluate`."""
+    """{stage: figures} of both of `tests/train/worker.py`'s trainings, by `ldm evaluate`."""
     samples = sample.Settings(num=21, step=step, steps=2, guidance=2.0, batch_size=16)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EXTRACTORS, "random-conv", extractor("random-conv", []))
