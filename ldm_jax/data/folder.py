@@ -117,10 +117,11 @@ def _listing(root: str) -> dict[str, int]:
         and not any(part.startswith(".") for part in f.split("/"))
     }
     if not kept and not found and "://" not in root and not os.path.isdir(root):
-        raise InputError(f"folder {root} does not exist; set path= to a folder of images")
+        fault = "is a file" if os.path.exists(root) else "does not exist"
+        raise InputError(f"folder {root} {fault}; give a folder of images")
     if not any(f.lower().endswith(EXTENSIONS) for f in kept):
         raise InputError(
-            f"folder {root} holds no images ({', '.join(EXTENSIONS)}); set path= to one that does"
+            f"folder {root} holds no images ({', '.join(EXTENSIONS)}); give one that does"
         )
     return kept
 

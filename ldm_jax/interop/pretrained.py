@@ -99,9 +99,13 @@ def read(name: str, file: str = "") -> Weights:
     Raises InputError for a file that is missing, damaged or of another network.
     """
     path = Path(file).expanduser() if file else default_path(name)
+    if file and path.suffix != ".safetensors" and not path.is_file():
+        raise InputError(f"{path} does not exist; check the path of the weights of {name}")
     if not path.is_file():
         files = ",".join(p.file for p in published.PUBLISHED[name])
-        command = f"ldm weights {name}{f' --out={file}' if file else ''}"
+        unknown = not all(p.sha256 for p in published.PUBLISHED[name])
+        command = f"ldm weights {name}{' --unverified' * unknown}"
+        command += f" --out={file}" if file else ""
         raise InputError(
             f"{path} is missing; `{command}` makes it (without a network, `{command} "
             f"--from={files}`), or {NETWORKS[name].without}"

@@ -6,6 +6,7 @@ kept.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,19 @@ from typing import Any
 import jax
 import numpy as np
 
+from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import cache_latents, sample, train_autoencoder, train_denoiser
 from ldm_jax.jobs.config_files import build, config_dict, load_config_file
 from ldm_jax.jobs.digit_evaluation import open_judge, sample_figures
+from ldm_jax.jobs.sample_program import check_steps
+from ldm_jax.jobs.sample_settings import check_values
 from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.train.run_dir import read_json, write_json
 
 FIRST_STAGE = "autoencoder"
+HOW = ("sampler", "steps", "guidance", "spacing")  # what a row says of its way of sampling
+ALIKE = {f.name for f in dataclasses.fields(sample.Settings)} - {*HOW, "num", "batch_size"}
 Row = dict[str, Any]  # arm, seed, how it was sampled, its figures
 
 
@@ -49,7 +55,7 @@ def read_plan(plan: dict[str, Any]) -> Plan:
             "same names"
         )
     base = load_config_file(plan["denoiser"])
-    return Plan(
+    checked = Plan(
         build(AutoencoderRun, load_config_file(plan["first_stage"])),
         {
             arm: build(DenoiserRun, config_dict(DenoiserRun, base, fields).to_dict(), arm)
@@ -61,6 +67,30 @@ def read_plan(plan: dict[str, Any]) -> Plan:
         },
         tuple(int(seed) for seed in plan["seeds"]),
     )
+    source = checked.first_stage.images.source
+    if source != "digits":
+        raise InputError(
+            f"first_stage has images.source {source!r}, and experiments on denoisers are judged on "
+            "the digits; train others one by one, and use `ldm evaluate`"
+        )
+    for arm, ways in checked.samples.items():
+        _check_ways(arm, checked.arms[arm], ways)
+    return checked
+
+
+def _check_ways(arm: str, config: DenoiserRun, ways: Sequence[sample.Settings]) -> None:
+    """InputError for ways of sampling that are none for this arm, or that no row would tell."""
+    if not ways:
+        raise InputError(f"samples of {arm!r} are empty; name one way of sampling at least")
+    process = make_process(config.process)
+    for way in ways:
+        check_values(way)
+        check_steps(way, process)
+        other = [name for name in sorted(ALIKE) if getattr(way, name) != getattr(ways[0], name)]
+        if other:
+            raise InputError(
+                f"samples of {arm!r} differ in {other[0]}; an arm's may differ in {list(HOW)}"
+            )
 
 
 def run(plan: Plan, workdir: Path) -> list[Row]:
@@ -90,7 +120,7 @@ def _figures(config: DenoiserRun, folder: Path, ways: Sequence[sample.Settings])
     judge = open_judge(model.first_stage, model.mesh, folder.parent / "classifier.npz")
     for way in ways[len(rows) :]:
         figures = sample_figures(judge, *sample.sample(model, way))
-        how = {name: getattr(way, name) for name in ("sampler", "steps", "guidance", "spacing")}
+        how = {name: getattr(way, name) for name in HOW}
         rows.append({**how, **figures})
         print(f"{folder.name} {' '.join(map(str, how.values()))}: {figures['sample_accuracy']:.4f}")
         if jax.process_index() == 0:
@@ -99,9 +129,13 @@ def _figures(config: DenoiserRun, folder: Path, ways: Sequence[sample.Settings])
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown: accuracy and Fréchet distance, means over the seeds, a line per way of sampling."""
+    """Markdown: accuracy and Fréchet distance, means over the seeds, a line per way of sampling.
+
+    Ways with a sampler and a number of steps in common are told apart by what differs.
+    """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
     ways = list(dict.fromkeys(_way(row) for row in rows))
+    called = Counter(way[:2] for way in ways)
     lines = [f"| sampler | steps | {' | '.join(arms)} |", f"|---|---|{'---|' * len(arms)}"]
     for way in ways:
         cells = []
@@ -112,9 +146,12 @@ def table(rows: Sequence[Row]) -> str:
                 for name in ("sample_accuracy", "frechet_samples")
             )
             cells.append(f"{100 * accuracy:.1f} % / {frechet:.2f}" if found else "")
-        lines.append(f"| {way[0]} | {way[1]} | {' | '.join(cells)} |")
+        name = ", ".join(map(str, (way[0], *way[2]))) if called[way[:2]] > 1 else way[0]
+        lines.append(f"| {name} | {way[1]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def _way(row: Row) -> tuple[str, int]:
-    return row["sampler"], row["steps"]
+def _way(row: Row) -> tuple[str, int, tuple[str, ...]]:
+    """Sampler, steps, and in words what else tells a way from others."""
+    others = {name: row[name] for name in HOW if name in row and name not in ("sampler", "steps")}
+    return row["sampler"], row["steps"], tuple(f"{n} {value}" for n, value in others.items())

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,14 +80,18 @@ def initial_noise(settings: Settings, model: Model) -> dict[str, np.ndarray]:
         return {}
     try:
         noise = np.load(settings.noise, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise InputError(f"noise file {settings.noise} cannot be read: {error}") from error
+    if not isinstance(noise, np.ndarray):
+        raise InputError(f"noise file {settings.noise} holds several arrays; give one as .npy")
     want = (settings.num, *latent_shape(settings, model))
-    if noise.shape != want or noise.dtype.kind != "f" or not np.isfinite(noise).all():
+    if noise.shape != want or noise.dtype.kind != "f":
         raise InputError(
             f"noise file {settings.noise} has shape {noise.shape} and type {noise.dtype}; it must "
-            f"hold finite floats of shape {want}"
+            f"hold floats of shape {want}"
         )
+    if not np.isfinite(noise).all():
+        raise InputError(f"noise file {settings.noise} holds values that are not finite")
     return {"noise": np.asarray(noise, np.float32)}
 
 
@@ -143,6 +148,7 @@ def run(workdir: Path, settings: Settings, out: Path | None = None) -> Path:
     model = load_model(workdir, settings)
     if out is None:
         out = Path(workdir) / "samples" / f"step{model.step}-{digest(settings)}"
+    _check_writable(out)
     drawn = draw(model, settings)
     path = out.with_name(f"{out.name}.npz")
     if jax.process_index() == 0:
@@ -160,6 +166,13 @@ def run(workdir: Path, settings: Settings, out: Path | None = None) -> Path:
             record |= {"guide_step": model.guide.step, "guide_weights": model.guide.which}
         write_json(out.with_name(f"{out.name}.json"), record)
     return path
+
+
+def _check_writable(out: Path) -> None:
+    """InputError, before the work, where `out` could not be written after it."""
+    there = next(folder for folder in out.absolute().parents if folder.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise InputError(f"--out {out}: nothing can be written in {there}; give another place")
 
 
 def digest(settings: Settings) -> str:

@@ -84,6 +84,16 @@ def sampler_options(settings: Settings) -> dict[str, float]:
             f"churn {_listed(churn)} must be numbers from 0 on, S_churn or S_churn,S_tmin,S_tmax "
             "or these and S_noise; EDM's for ImageNet is 40,0.05,50,1.003"
         )
+    if len(churn) > 2 and churn[1] > churn[2]:
+        raise InputError(
+            f"churn {_listed(churn)} is of no sigma: S_tmin must not exceed S_tmax, as in "
+            "40,0.05,50,1.003"
+        )
+    if settings.temperature != 1 and settings.sampler == "ddim" and settings.eta in (-1, 0):
+        raise InputError(
+            f"temperature {settings.temperature} multiplies the noise of the steps, and sampler "
+            "'ddim' draws none; give --eta=1 too, or leave it out"
+        )
     if not 0 <= settings.order <= 3:
         raise InputError(f"order {settings.order} must be in 1..3; leave it out for 2")
     asked = {"eta": (settings.eta, -1), "temperature": (settings.temperature, 1)}

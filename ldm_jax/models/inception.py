@@ -2,7 +2,7 @@
 
 Unlike torchvision's Inception v3 its average pools leave the padding out of the average, the last
 block pools by maximum, and it has 1008 outputs. Batch normalisation is folded into the kernels
-(`interop/inception_names.py`). Szegedy et al., CVPR 2016; names of layers are those of PyTorch's
+(`interop/frozen_names.py`). Szegedy et al., CVPR 2016; names of layers are those of PyTorch's
 ports.
 """
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import math
 import signal
 import sys
 import threading
@@ -255,7 +256,7 @@ def _write_evaluation(scalars, images, done, writer) -> None:
 
 
 def score_of(figures: dict[str, float], keep_best: str) -> float | None:
-    """What is greater the better the figure named is; None where no figure is.
+    """What is greater the better the figure named is; None where no figure is, or it is not finite.
 
     Raises InputError where the evaluation has no such figure.
     """
@@ -263,7 +264,9 @@ def score_of(figures: dict[str, float], keep_best: str) -> float | None:
         return None
     for name, value in figures.items():
         if name.startswith(keep_best):
-            return value if name.startswith(GREATER_IS_BETTER) else -value
+            # Among checkpoints nan would win, and the best so far be removed.
+            found = value if math.isfinite(value) else None
+            return found if found is None or name.startswith(GREATER_IS_BETTER) else -found
     raise InputError(
         f"keep_best {keep_best!r} begins no figure of the evaluation; it has {sorted(figures)}"
     )

@@ -150,9 +150,11 @@ def test_metadata_is_refused_before_work_when_malformed(tmp_path, rows, message)
 def test_folder_refuses_to_open_without_images(tmp_path):
     with pytest.raises(InputError, match=r"source needs a path"):
         opened("")
-    with pytest.raises(InputError, match=r"nowhere does not exist; set path="):
+    with pytest.raises(InputError, match=r"nowhere does not exist; give a folder of images"):
         opened(tmp_path / "nowhere")
     (tmp_path / "note.txt").write_text("x")
+    with pytest.raises(InputError, match=r"note\.txt is a file; give a folder"):
+        opened(tmp_path / "note.txt")
     with pytest.raises(InputError, match=r"holds no images"):
         opened(tmp_path)
     paint(tmp_path / "x.png", 0)

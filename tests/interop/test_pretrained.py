@@ -90,6 +90,11 @@ def test_a_missing_file_is_refused_with_every_way_out(tmp_path, monkeypatch):
         assert words in str(refused.value)
     with pytest.raises(InputError, match=r"`ldm weights inception --out=absent\.safetensors`"):
         pretrained.load("inception", "absent.safetensors")
+    # What cannot be checked is not had without saying so, and nothing is written as .npz.
+    with pytest.raises(InputError, match=r"`ldm weights dinov2-vitl14 --unverified`"):
+        pretrained.load("dinov2-vitl14")
+    with pytest.raises(InputError, match=r"absent\.npz does not exist; check the path"):
+        pretrained.load("inception", "absent.npz")
 
 
 def test_weights_know_whose_they_are(narrow, tmp_path, monkeypatch):

@@ -79,6 +79,12 @@ def test_every_arm_is_sampled_in_every_way_and_nothing_is_done_twice(
             {"samples": PLAN["samples"] | {"three": [{"step_count": 3}]}},
             "three.step_count is not a field",
         ),
+        ({"samples": PLAN["samples"] | {"three": []}}, "samples of 'three' are empty"),
+        ({"samples": PLAN["samples"] | {"three": [{"sampler": "edm"}]}}, "use 'heun'"),
+        (
+            {"samples": PLAN["samples"] | {"six": [{"steps": 2}, {"steps": 2, "seed": 1}]}},
+            "samples of 'six' differ in seed",
+        ),
     ],
 )
 def test_a_bad_plan_is_refused_before_any_training(change, match, monkeypatch, tmp_path):
@@ -98,3 +104,14 @@ def test_the_table_averages_over_seeds_and_leaves_gaps():
     ]
     table = denoiser_experiment.table(rows).splitlines()
     assert table[2:] == ["| ddim | 5 | 60.0 % / 2.00 |  |", "| heun | 5 |  | 100.0 % / 2.00 |"]
+
+
+def test_the_table_does_not_average_over_ways_of_sampling():
+    row = {"sampler": "ddim", "steps": 5, "spacing": "auto", "frechet_samples": 2.0}
+    row |= {"arm": "a", "seed": 0, "sample_accuracy": 0.5}
+    rows = [{**row, "guidance": 1.0}, {**row, "guidance": 2.0, "sample_accuracy": 1.0}]
+    table = denoiser_experiment.table(rows).splitlines()
+    assert table[2:] == [
+        "| ddim, guidance 1.0, spacing auto | 5 | 50.0 % / 2.00 |",
+        "| ddim, guidance 2.0, spacing auto | 5 | 100.0 % / 2.00 |",
+    ]

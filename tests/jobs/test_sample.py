@@ -83,6 +83,26 @@ def test_noise_of_a_file_is_used(model, tmp_path, monkeypatch):
     assert np.abs(first - latents_of(monkeypatch, model, plain)).max() > 1e-2
 
 
+def test_a_file_that_is_no_noise_is_refused(model, tmp_path):
+    noise = np.zeros((8, 4, 4, 2), np.float32)
+    np.savez(tmp_path / "several.npz", noise)
+    np.save(tmp_path / "nan.npy", noise * np.nan)
+    np.save(tmp_path / "shape.npy", noise[1:])
+    (tmp_path / "empty.npy").touch()
+    faults = {"several.npz": "several arrays", "nan.npy": "not finite"}
+    faults |= {"shape.npy": r"shape \(8, 4, 4, 2\)", "empty.npy": "cannot be read"}
+    for name, words in faults.items():
+        with pytest.raises(InputError, match=words):
+            sample.sample(model, dataclasses.replace(ONE, noise=str(tmp_path / name)))
+
+
+def test_what_cannot_be_written_is_refused_before_the_work(workdir, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sample, "draw", lambda *args: pytest.fail("it drew"))
+    with pytest.raises(InputError, match=r"nothing can be written in .*file; give another place"):
+        sample.run(workdir, ONE, tmp_path / "file" / "some.npz")
+
+
 def test_the_average_is_what_samples_are_drawn_from(workdir, model):
     assert model.which == "ema"
     raw = sample.load_model(workdir, dataclasses.replace(ONE, weights="params"))

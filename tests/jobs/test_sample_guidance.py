@@ -219,6 +219,8 @@ def test_samples_do_not_depend_on_their_batch(model, everything):
         ({"churn": (40.0,)}, "churn 40.0: sampler 'ddim' has none; .*'edm'"),
         ({"sampler": "edm", "churn": (40.0, 1.0)}, "churn 40.0,1.0 must be numbers"),
         ({"sampler": "edm", "churn": (-1.0,)}, "churn -1.0 must be numbers"),
+        ({"sampler": "edm", "churn": (9.0, 5.0, 1.0)}, "churn 9.0,5.0,1.0 is of no sigma"),
+        ({"temperature": 0.5}, "'ddim' draws none; give --eta=1 too"),
         ({"sampler": "edm"}, "'edm' is for process kind 'edm', not 'ldm_linear'; use 'heun'"),
     ],
 )

@@ -171,6 +171,8 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_saved_when_it_is_foun
         ("", {"loss": 1.0}, None),
         ("loss", {"l2": 9.0, "loss": 1.0}, -1.0),
         ("psnr", {"psnr_db": 30.0}, 30.0),
+        ("psnr", {"psnr_db": float("nan")}, None),
+        ("loss", {"loss": float("inf")}, None),
         ("fid", {"precision1k-adm-0": 0.5, "fid1k-adm-0": 7.0}, -7.0),
         ("precision", {"precision1k-adm-0": 0.5}, 0.5),
     ],
