@@ -115,7 +115,7 @@ def _add_judging(verb: argparse.ArgumentParser) -> None:
     add("--preset", default="", metavar="NAME", help=preset)
     network = "a network by its own resize: random-conv (needs no file), inception, vgg16, ..."
     add("--extractor", default="", metavar="NAME", help=network)
-    file = "its weights (default: where `ldm weights` puts them)"
+    file = "its weights, of a preset of two the first one's (default: as `ldm weights` puts them)"
     add("--extractor-file", default="", metavar="FILE", help=file)
     metrics = "fid,sfid,inception_score,kid,cmmd,precision_recall,density_coverage,memorisation,"
     metrics += "fid_infinity (default: what preset and reference allow)"
@@ -127,7 +127,7 @@ def _add_judging(verb: argparse.ArgumentParser) -> None:
     add("--allow-few", action="store_true", help=few)
     labels = "of samples: the classes in turn, or drawn"
     add("--labels", default="balanced", choices=["balanced", "random"], help=labels)
-    keep = "writes every sample there, as INDEX.png"
+    keep = "writes every sample to a new folder, as INDEX.png"
     add("--keep", default="", metavar="DIR", help=keep)
     dataset = "prints what was published for it beside ours: celebahq, ffhq, imagenet, ..."
     add("--dataset", default="", metavar="NAME", help=dataset)

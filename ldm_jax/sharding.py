@@ -237,7 +237,7 @@ def put_batch(local: Any, mesh: Mesh, batch_size: int) -> Any:
 
 def host_array(x: jax.Array) -> np.ndarray:
     """The whole of a (possibly sharded) array on this host; every process must call it."""
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         from jax.experimental import multihost_utils
 
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))

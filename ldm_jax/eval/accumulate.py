@@ -122,6 +122,7 @@ class Accumulator:
         if self.process == 0 and self.kept:
             content = {"protocol": self.protocol.to_json(), "processes": self.processes}
             feature_store.write_manifest(self.folder, {**content, "widths": self.kept})
+        _wait_for_all("whole")  # else another process could look for them before
         return out
 
     def discard(self) -> None:

@@ -32,8 +32,8 @@ def open_judge(first_stage: FirstStage, mesh: Mesh, path: Path) -> Judge:
     config = first_stage.run.images
     if config.source != "digits":
         raise InputError(
-            f"this denoiser was trained on {config.source!r}, and its judge knows the digits only; "
-            "use `ldm evaluate` with --preset or --extractor"
+            f"this denoiser was trained on {config.source!r}, and the classifier knows the digits "
+            "only; give `ldm evaluate` a --preset or an --extractor"
         )
     train_images, train_labels = all_images(images.open_images(config, "train", augment=False))
     held_out, held_out_labels = all_images(images.open_images(config, "held_out", augment=False))

@@ -9,7 +9,7 @@ import pytest
 
 from ldm_jax.data.images import open_images
 from ldm_jax.eval.extractors import EXTRACTORS
-from ldm_jax.jobs import image_judge
+from ldm_jax.jobs import evaluate, image_judge, sample
 from ldm_jax.sharding import MeshConfig, make_mesh
 from tests import tiny
 
@@ -85,3 +85,19 @@ def one_device():
 def plain(figures):
     """Without the protocols in their names."""
     return {name.split("-")[0]: value for name, value in figures.items()}
+
+
+def evaluate_trained(out, step):
+    """{stage: figures} of both of `tests/train/worker.py`'s trainings, by `ldm evaluate`."""
+    samples = sample.Settings(num=21, step=step, steps=2, guidance=2.0, batch_size=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EXTRACTORS, "random-conv", extractor("random-conv", []))
+        patch.setattr(evaluate, "reconstruction_figures", lambda *a, **k: {})
+        return {
+            "autoencoder": evaluate.run(
+                out / "autoencoder", sample.Settings(num=21, step=step), evaluate.Asked(RANDOM)
+            ),
+            "denoiser": evaluate.run(
+                out / "denoiser", samples, evaluate.Asked(RANDOM, labels="random")
+            ),
+        }

@@ -48,7 +48,7 @@ class Broken(Exception):
 def often(monkeypatch):
     """Every call's features are saved."""
     accumulate = image_reference.accumulate
-    saving = lambda *a, **k: accumulate(*a, **k, save_every=1)  # noqa: E731
+    saving = lambda *a, **k: accumulate(*a, **k, save_every=1, save_seconds=0.0)  # noqa: E731
     monkeypatch.setattr(image_reference, "accumulate", saving)
 
 

@@ -168,7 +168,7 @@ def stop(monkeypatch):
                 asked.extend(indices.tolist())
             return measure(indices)
 
-        return accumulate(folder, protocol, call, rows, **options, save_every=1)
+        return accumulate(folder, protocol, call, rows, **options, save_every=1, save_seconds=0.0)
 
     def stop(calls):
         left[:] = [calls]

@@ -1,6 +1,8 @@
 """Two processes joined by jax.distributed compute what one does."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from ldm_jax.data import latent_cache
 from ldm_jax.jobs import evaluate
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.log import read_metrics
+from tests.jobs import judged
 from tests.train import test_mesh
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -56,6 +59,14 @@ def test_two_processes_equal_one(first_stage, tmp_path):
     alone = evaluate.reconstruction_figures(tmp_path / "autoencoder", limit=21)
     assert evaluated.pop("step") == alone.pop("step") == 10
     assert evaluated == pytest.approx({f"eval/{k}": v for k, v in alone.items()}, abs=1e-3)
+
+    both = json.loads((tmp_path / "figures.json").read_text())
+    for stage in both:
+        shutil.rmtree(tmp_path / stage / "evaluation")  # with the references that they measured
+    alone = judged.evaluate_trained(tmp_path, step=10)
+    for stage, prefix in (("autoencoder", "rfrechet"), ("denoiser", "frechet")):
+        assert next(iter(both[stage])).startswith(prefix)
+        assert both[stage] == pytest.approx(alone[stage], rel=1e-6)
 
     for stage in ("autoencoder", "denoiser"):
         alone = tmp_path / f"{stage}-alone"

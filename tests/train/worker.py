@@ -1,6 +1,7 @@
 """One of the two processes of `test_processes.py`: trains both stages, writes what it drew."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
     from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
     from ldm_jax.sharding import MeshConfig, make_mesh
     from tests import tiny
+    from tests.jobs import judged
     from tests.train.test_mesh import batches_and_draws
 
     assert jax.device_count() == 8
@@ -37,6 +39,9 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
         tiny.DENOISER, mesh=mesh, num_steps=10, checkpoint_every=10, autoencoder=str(first_stage)
     )
     train_denoiser.run(denoiser, out / "denoiser")
+    figures = judged.evaluate_trained(out, step=10)
+    if index == 1:  # all processes get them
+        (out / "figures.json").write_text(json.dumps(figures))
     settings = cache_latents.Settings(batch_size=64, pack=8, shard_examples=64)
     cache_latents.run(first_stage, settings, out / "latents")
     jax.distributed.shutdown()
