@@ -26,7 +26,7 @@ class ImageSet:
     num: int
     size: tuple[int, int]  # height, width
     labels: np.ndarray | None  # int64 [num]
-    digest: str  # sha256 hex: of the file, or of a folder's sorted names and bytes per file
+    digest: str  # sha256 hex: of the file, or of a folder's sorted names and contents
     batches: Batches  # (start, stop, b) -> the images [start, stop), uint8 [<= b,H,W,3] each
 
     def reader(self, rows: int) -> Callable[[np.ndarray], np.ndarray]:
@@ -102,10 +102,10 @@ def _folder(root) -> ImageSet:
     names = folder.image_files(root)
     hashed, sizes = hashlib.sha256(), {}
     for name in names:
-        (width, height), length = _measure(root, name)
+        (width, height), content = _measure(root, name)
         _check_pixels(width * height, f"{root}/{name}")
         sizes.setdefault((height, width), name)
-        hashed.update(f"{name}\0{length}\n".encode())
+        hashed.update(f"{name}\0{content}\n".encode())
     if len(sizes) > 1:
         (a, first), (b, second) = list(sizes.items())[:2]
         raise InputError(
@@ -136,17 +136,22 @@ def _folder(root) -> ImageSet:
     )
 
 
-def _measure(root, name) -> tuple[tuple[int, int], int | str]:
-    """((width, height), bytes) of a local file by its header; of others their pixels' sha256."""
+def _measure(root, name) -> tuple[tuple[int, int], str]:
+    """((width, height), sha256 of the content) of an image, by the header of a local file.
+
+    Other images of the same lengths are other images: files without compression all have one.
+    """
     path = f"{root.rstrip('/')}/{name}"
     if "://" in root:
         image = folder.read_image(root, name)
         return image.size, hashlib.sha256(image.tobytes()).hexdigest()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), open(path, "rb") as file:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our rule is stricter
-            with Image.open(path) as image:
-                return image.size, os.path.getsize(path)
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            with Image.open(file) as image:
+                return image.size, content
     except Exception as error:  # PIL lets a dozen kinds of exceptions out on broken files
         raise InputError(
             f"cannot read image {path}: {type(error).__name__}: {error}; replace or remove it"

@@ -99,7 +99,13 @@ def read_images(settings: Settings, model: Model) -> dict[str, np.ndarray]:
         images = np.stack([np.asarray(read(name)) for name in names[: settings.num]])
     if not settings.masks:
         return {"image": images}
-    return {"image": images, "mask": _read_masks(settings, size, count, names)}
+    mask = _read_masks(settings, size, count, names)
+    if not mask.any():
+        raise InputError(
+            f"masks {settings.masks} are white nowhere, so every image would stay as it is; white "
+            f"is from {WHITE} on in uint8, and true in bool"
+        )
+    return {"image": images, "mask": mask}
 
 
 def _read_masks(

@@ -308,6 +308,15 @@ def test_folder_of_images_is_streamed_in_sorted_order(tmp_path):
     refused("is asked for", image_sets.open_images, tmp_path, sha256=pictures.digest)
 
 
+def test_other_images_in_files_of_the_same_length_are_other_images(tmp_path):
+    """What is kept of a reference's features is found again by its digest."""
+    digests = set()
+    for value in (10, 20, 10):
+        paint(tmp_path / "a.bmp", value=value)
+        digests.add((image_sets.open_images(tmp_path).digest, os.path.getsize(tmp_path / "a.bmp")))
+    assert len(digests) == 2 and len({size for _, size in digests}) == 1
+
+
 def test_images_that_cannot_be_measured_together_are_refused(tmp_path):
     paint(tmp_path / "a.png")
     paint(tmp_path / "b.png", size=(6, 8))

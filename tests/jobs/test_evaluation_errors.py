@@ -61,7 +61,7 @@ def here(tmp_path, monkeypatch):
         (f"{RANDOM} --reference=other.npz", ["other.npz holds ['pictures']", "arr_0"]),
         ("--reference=set.npz", ["inception.safetensors is missing", "`ldm weights inception`"]),
         ("--preset=adm --reference=gaussian.npz --metrics=sfid", ["statistics of 'spatial2023'"]),
-        ("--preset=edm2 --reference=set.npz", ["`ldm weights dinov2-vitl14`"]),
+        ("--preset=edm2 --reference=set.npz", ["`ldm weights dinov2-vitl14 --unverified`"]),
         (f"{RANDOM} --steps=7", ["--steps 7 is about samples"]),
         (f"{RANDOM} --num=7", ["--num 7 is about samples", "whole"]),
         (f"{RANDOM} --labels=random", ["--labels 'random' is about samples"]),

@@ -214,6 +214,7 @@ def test_images_that_do_not_fit_are_refused(model, images, files):
     np.savez(files / "none.npz", images[:0])
     np.savez(files / "two.npz", np.zeros((2, 16, 16), np.uint8))
     np.savez(files / "real.npz", np.zeros((3, 16, 16)))
+    np.savez(files / "ones.npz", np.ones((1, 16, 16), np.uint8))
     (files / "mask" / "b.png").rename(files / "mask" / "d.png")
     cases = [
         ({"init_images": "small.npz"}, "small.npz are 8 x 16, samples 16 x 16; resize"),
@@ -222,6 +223,7 @@ def test_images_that_do_not_fit_are_refused(model, images, files):
         ({"init_images": "absent"}, "absent does not exist"),
         ({"masks": "small.npz"}, r"arr_0 is uint8 \(3, 8, 16, 3\)"),
         ({"masks": "real.npz"}, "arr_0 is float64"),
+        ({"masks": "ones.npz"}, "ones.npz are white nowhere.*from 128 on"),
         ({"masks": "two.npz"}, "two.npz holds 2 for 3 images; give one for each"),
         ({"init_images": "init", "masks": "mask"}, r"image b.png would get mask c.png"),
     ]
