@@ -7,7 +7,7 @@ import os
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.jobs.settings import DenoiserRun
+from ldm_jax.jobs.settings import DenoiserRun, Samples
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train import run_dir
 from ldm_jax.train.run_dir import open_run, read_run, write_json
@@ -118,8 +118,10 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
         "max_bad_steps": 3,
         "eval_examples": 7,
         "loss_bins": 2,
+        "samples": Samples(steps=7),
     }
     of_first_stages = {"eval_every": 5, "eval_images": 6, "init_from": "elsewhere"}
+    of_first_stages |= {"keep_best": "psnr"}
     assert set(free) | set(of_first_stages) == set(run_dir.FREE_FIELDS)
     for name, value in free.items():
         open_run(tmp_path, "train-denoiser", dataclasses.replace(RUN, **{name: value}), mesh, DATA)
@@ -129,7 +131,7 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
     )
     first_stage()
     for name, value in of_first_stages.items():
-        first_stage(**{name: value})
+        first_stage(**{"eval_every": 5, name: value})
 
 
 def test_run_of_an_earlier_version_lacks_fields_that_had_their_defaults(tmp_path, mesh):
