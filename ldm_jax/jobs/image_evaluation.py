@@ -112,7 +112,7 @@ def evaluate(
     protocol = judge.protocol(images.num, labels, how)
     folder = evaluation.folder / f"{protocol.hash()[:16]}-{_made_by(images)}"
     sums, kept = (taps(evaluation.metrics, preset, sums=s) for s in (True, False))
-    measured = measure(judge, images, protocol, folder, sums, kept)
+    measured, _ = measure(judge, images, protocol, folder, sums, kept)
     figures: dict[str, float] = {}
     for name in evaluation.metrics:
         metric = METRICS[name]
@@ -141,7 +141,7 @@ def write_statistics(settings: Settings, images: Images, *, mesh: Mesh, out: Pat
             references.check_enough(images.num, judge.taps[tap], images.name)
     protocol = judge.protocol(images.num, "none", {"images": images.digest})
     folder = out.with_name(f".{out.name}.partial")
-    measured = measure(judge, images, protocol, folder, sums, ())
+    measured, _ = measure(judge, images, protocol, folder, sums, ())
     if jax.process_index() == 0:
         references.save(out, measured.moments, made_of(protocol, images))
     remove(folder)

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from ldm_jax import npz
 from ldm_jax.eval import image_sets, references
-from ldm_jax.eval.accumulate import accumulate
+from ldm_jax.eval.accumulate import Accumulator, accumulate
 from ldm_jax.eval.feature_store import read_features, read_manifest
 from ldm_jax.eval.protocol import Protocol
 from ldm_jax.jobs.image_judge import Images, Judge
@@ -63,11 +63,11 @@ def measure(
     folder: Path,
     sums: Iterable[str],
     kept: Iterable[str],
-) -> Measured:
-    """The features of all images; a killed measuring goes on in `folder`."""
+) -> tuple[Measured, Accumulator]:
+    """The features of all images; a killed measuring goes on in `folder`, until it is discarded."""
     rows = images.rows or judge.rows
     read = images.open(rows)
-    moments, _ = accumulate(
+    moments, state = accumulate(
         folder,
         protocol,
         lambda indices: judge.measure_many(read(indices), rows),
@@ -75,7 +75,7 @@ def measure(
         moments={tap: judge.taps[tap] for tap in sums},
         kept={tap: judge.taps[tap] for tap in kept},
     )
-    return Measured(moments, functools.partial(read_features, folder))
+    return Measured(moments, functools.partial(read_features, folder)), state
 
 
 def remove(folder: Path) -> None:
@@ -133,12 +133,10 @@ def _kept_or_measured(
     widths = read_manifest(folder).get("widths", {})
     if sums.keys() <= moments.keys() and kept.keys() <= widths.keys():
         return Measured(moments, functools.partial(read_features, folder))
-    measured = measure(judge, images, protocol, folder, sums, kept)
-    if jax.process_index() == 0:
-        if sums:
-            references.save(path, measured.moments, made_of(protocol, images))
-        for partial in folder.glob("partial-*.npz"):
-            partial.unlink()
+    measured, state = measure(judge, images, protocol, folder, sums, kept)
+    if jax.process_index() == 0 and sums:
+        references.save(path, measured.moments, made_of(protocol, images))
+    state.discard()
     return measured
 
 
