@@ -28,9 +28,9 @@ from benchmarks.timing import by_turns, ratios, seconds
 from ldm_jax.eval import accumulate, protocol, random_conv
 from ldm_jax.eval.extractors import EXTRACTORS
 from ldm_jax.eval.frechet import Moments
+from ldm_jax.eval.judge import BLOCK
 from ldm_jax.eval.statistics import compile_features
-from ldm_jax.jobs.image_judge import BLOCK
-from ldm_jax.models import inception
+from ldm_jax.models.frozen import inception
 from ldm_jax.sharding import make_mesh
 
 MOMENTS = {tap: inception.TAPS[tap] for tap in ("2048", "spatial2023")}

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ldm_jax.runs.workdir import describe, write_json
 from ldm_jax.sharding import make_mesh
-from ldm_jax.train.run_dir import describe, write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -24,8 +24,8 @@ from ldm_jax.models import conditioners, denoiser, unet
 NAMES = ("ddim", "dpmpp_2m", "heun", "unipc", "ddpm")
 STEPS, REPEATS, LIMIT = 8, 60, 1.05
 SHAPE = (4, 16, 16, 4)
-MODEL = denoiser.Config(
-    unet.Config(
+MODEL = denoiser.DenoiserConfig(
+    unet.UNetConfig(
         in_channels=4,
         out_channels=4,
         width=64,
@@ -34,7 +34,7 @@ MODEL = denoiser.Config(
         attention_factors=(2,),
         num_heads=4,
     ),
-    conditioners.Config(kind="class", num_classes=10, context_dim=64),
+    conditioners.ConditionerConfig(kind="class", num_classes=10, context_dim=64),
 )
 PROCESS = make_process(ProcessConfig())
 

@@ -70,22 +70,24 @@ def _join_processes(arguments: argparse.Namespace) -> None:
 
 
 def _train_autoencoder(arguments, overrides):
-    from ldm_jax.jobs import settings, train_autoencoder
+    from ldm_jax.jobs import train_autoencoder
+    from ldm_jax.runs import settings
 
     config = _run_config(settings.AutoencoderRun, "train-autoencoder", arguments, overrides)
     train_autoencoder.run(config, arguments.workdir)
 
 
 def _train_denoiser(arguments, overrides):
-    from ldm_jax.jobs import settings, train_denoiser
+    from ldm_jax.jobs import train_denoiser
+    from ldm_jax.runs import settings
 
     config = _run_config(settings.DenoiserRun, "train-denoiser", arguments, overrides)
     train_denoiser.run(config, arguments.workdir)
 
 
 def _run_config(cls, job, arguments, overrides):
-    from ldm_jax.jobs import config_files
-    from ldm_jax.train.run_dir import check_trainable, read_run
+    from ldm_jax.runs import config_files
+    from ldm_jax.runs.workdir import check_trainable, read_run
 
     check_trainable(arguments.workdir)
     if arguments.config:
@@ -101,7 +103,7 @@ def _run_config(cls, job, arguments, overrides):
 def _cache_latents(arguments, overrides):
     from ldm_jax.jobs import cache_latents
 
-    options = cache_latents.Settings(
+    options = cache_latents.CacheOptions(
         mirrored=arguments.mirrored,
         dtype=arguments.dtype,
         batch_size=arguments.batch_size,
@@ -129,9 +131,9 @@ LISTS = {
 
 
 def _sample_settings(arguments):
-    from ldm_jax.jobs import sample
+    from ldm_jax.sampling.options import SampleOptions
 
-    given = {f: v for f, v in vars(arguments).items() if f in sample.Settings.__dataclass_fields__}
+    given = {f: v for f, v in vars(arguments).items() if f in SampleOptions.__dataclass_fields__}
     for name, (kind, what, example) in LISTS.items():
         text = given.get(name, "")
         try:
@@ -141,20 +143,21 @@ def _sample_settings(arguments):
                 f"--{name.replace('_', '-')} {text!r} must be {what} separated by commas, as "
                 f"{example}"
             ) from error
-    return sample.Settings(**given)
+    return SampleOptions(**given)
 
 
 def _evaluate(arguments, overrides):
-    from ldm_jax.jobs import evaluate, image_judge
+    from ldm_jax.eval import judge as image_judge
+    from ldm_jax.jobs import evaluate
 
     judged = arguments.preset or arguments.extractor
-    names = image_judge.Settings.__dataclass_fields__
+    names = image_judge.JudgeOptions.__dataclass_fields__
     given = {name: value for name, value in vars(arguments).items() if name in names}
     given["preset"] = arguments.preset or ("custom" if arguments.extractor else "adm")
     given["metrics"] = tuple(name for name in arguments.metrics.split(",") if name)
     others = ("reference", "metrics", "images", "allow_few", "extractor_file")
     alone = any(getattr(arguments, name) for name in others)
-    judge = image_judge.Settings(**given) if judged or alone else None
+    judge = image_judge.JudgeOptions(**given) if judged or alone else None
     asked = evaluate.Asked(judge, arguments.labels, arguments.keep, arguments.dataset)
     settings = _sample_settings(arguments)
     if (arguments.workdir is None) == (not arguments.images):
@@ -193,7 +196,7 @@ def _export(arguments, overrides):
 def _reconstruct(arguments, overrides):
     from ldm_jax.jobs import reconstruct
 
-    settings = reconstruct.Settings(size=arguments.size, batch_size=arguments.batch_size)
+    settings = reconstruct.ReconstructOptions(size=arguments.size, batch_size=arguments.batch_size)
     reconstruct.run(arguments.workdir, arguments.images, arguments.out, settings)
 
 

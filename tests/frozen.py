@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.interop.names import flatten
-from ldm_jax.models import inception, perceptual_net, vgg
+from ldm_jax.models.frozen import inception, vgg
+from ldm_jax.models.frozen import lpips as perceptual_net
 
 # Position of each convolution among the layers of torchvision's VGG16, block by block.
 POSITIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))

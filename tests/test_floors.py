@@ -10,17 +10,19 @@ PACKAGE = ROOT / "ldm_jax"
 FLOORS = {
     "errors": 0,
     "keys": 0,
-    "npz": 0,
+    "files": 0,
     "sharding": 0,
     "diffusion": 1,
     "models": 1,
     "data": 1,
     "train": 2,
-    "eval": 2,
     "interop": 2,
-    "jobs": 3,
-    "flags": 3,
-    "cli": 4,
+    "eval": 3,
+    "runs": 4,
+    "sampling": 5,
+    "jobs": 6,
+    "flags": 6,
+    "cli": 7,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -54,7 +56,7 @@ def violations(room: str, source: str) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down(path):
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if room == "__init__":
+    if path == PACKAGE / "__init__.py":
         assert not imported_rooms(path.read_text())
         return
     assert not violations(room, path.read_text())

@@ -4,10 +4,10 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from ldm_jax.data.images import Config as ImagesConfig
+from ldm_jax.data.images import ImagesConfig
 from ldm_jax.jobs import cache_latents, train_autoencoder
-from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.models import autoencoder, conditioners, denoiser, discriminator, unet
+from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.train import adversarial, ema, optim
 from ldm_jax.train.first_stage_loss import AutoencoderLoss
 
@@ -17,7 +17,7 @@ AUTOENCODER = AutoencoderRun(
     log_every=1,
     checkpoint_every=3,
     images=ImagesConfig(source="digits", resolution=8, held_out_fraction=0.9),
-    model=autoencoder.Config(
+    model=autoencoder.AutoencoderConfig(
         resolution=8,
         width=8,
         width_multipliers=(1, 2),
@@ -27,11 +27,11 @@ AUTOENCODER = AutoencoderRun(
         norm_groups=4,
     ),
     loss=AutoencoderLoss(perceptual_weight=0.0),
-    adversarial=adversarial.Config(
-        weight=0.5, start=2, discriminator=discriminator.Config(width=8, num_layers=1)
+    adversarial=adversarial.AdversarialConfig(
+        weight=0.5, start=2, discriminator=discriminator.DiscriminatorConfig(width=8, num_layers=1)
     ),
-    optim=optim.Config(lr=1e-3, warmup_steps=2),
-    ema=ema.Config(decay=0.9),
+    optim=optim.OptimConfig(lr=1e-3, warmup_steps=2),
+    ema=ema.EmaConfig(decay=0.9),
 )
 
 DENOISER = DenoiserRun(
@@ -40,8 +40,8 @@ DENOISER = DenoiserRun(
     log_every=1,
     checkpoint_every=3,
     whitening="channel",
-    model=denoiser.Config(
-        backbone=unet.Config(
+    model=denoiser.DenoiserConfig(
+        backbone=unet.UNetConfig(
             in_channels=2,
             out_channels=2,
             width=8,
@@ -51,13 +51,13 @@ DENOISER = DenoiserRun(
             num_heads=2,
             norm_groups=4,
         ),
-        conditioner=conditioners.Config(kind="class", num_classes=10, context_dim=8),
+        conditioner=conditioners.ConditionerConfig(kind="class", num_classes=10, context_dim=8),
     ),
-    optim=optim.Config(lr=1e-3, warmup_steps=2, clip_norm=1.0, weight_decay=0.01),
-    ema=ema.Config(decay=0.99),
+    optim=optim.OptimConfig(lr=1e-3, warmup_steps=2, clip_norm=1.0, weight_decay=0.01),
+    ema=ema.EmaConfig(decay=0.99),
 )
 
-AVERAGES = ema.Config(decay=0.99, more=(0.9,), power=(0.05, 0.1), snapshot_every=3)
+AVERAGES = ema.EmaConfig(decay=0.99, more=(0.9,), power=(0.05, 0.1), snapshot_every=3)
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def trained_autoencoder(root: Path) -> Path:
     """The workdir of a first stage with its latents cached, made once for each `root`."""
     workdir = Path(root) / "autoencoder"
     train_autoencoder.run(dataclasses.replace(AUTOENCODER, num_steps=3), workdir)
-    cache_latents.run(workdir, cache_latents.Settings(batch_size=64, pack=8, shard_examples=64))
+    cache_latents.run(workdir, cache_latents.CacheOptions(batch_size=64, pack=8, shard_examples=64))
     return workdir
 
 

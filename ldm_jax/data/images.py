@@ -15,7 +15,7 @@ CROPS = ("center", "random")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ImagesConfig:
     """Which images, and how they become squares of resolution x resolution."""
 
     source: str = "digits"  # a name of SOURCES
@@ -46,20 +46,20 @@ class Config:
             )
 
 
-def _open_digits(config: Config, split: str) -> Source:
+def _open_digits(config: ImagesConfig, split: str) -> Source:
     return digits(split, config.resolution, config.kernel, config.held_out_fraction)
 
 
-def _open_folder(config: Config, split: str) -> Source:
+def _open_folder(config: ImagesConfig, split: str) -> Source:
     return folder(config.path, split, config.held_out_fraction)
 
 
-def _open_tfds(config: Config, split: str) -> Source:
+def _open_tfds(config: ImagesConfig, split: str) -> Source:
     name = config.train_split if split == "train" else config.held_out_split
     return tfds(config.name, config.path, name)
 
 
-def _open_photographs(config: Config, split: str) -> Source:
+def _open_photographs(config: ImagesConfig, split: str) -> Source:
     return photographs(split, config.resolution)
 
 
@@ -72,7 +72,7 @@ SOURCES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Images:
+class ImageSplit:
     """One opened split; `read` is what `stream.batches` takes."""
 
     source: Source
@@ -129,7 +129,7 @@ class Images:
         return digest([self.source.identity, self.source.num_examples, self.recipe])
 
 
-def open_images(config: Config, split: str, *, augment: bool, seed: int = 0) -> Images:
+def open_images(config: ImagesConfig, split: str, *, augment: bool, seed: int = 0) -> ImageSplit:
     """Opens the split "train" or "held_out"; without `augment`: centre crop and no flip.
 
     Raises InputError when the data is missing, malformed or empty.
@@ -149,4 +149,4 @@ def open_images(config: Config, split: str, *, augment: bool, seed: int = 0) -> 
         "crop": config.crop if augment else "center",
         "flip": config.flip and augment,
     }
-    return Images(source, recipe, seed)
+    return ImageSplit(source, recipe, seed)

@@ -19,7 +19,7 @@ from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.images_out import write_atomically
 from ldm_jax.eval.protocol import Protocol, difference
 from ldm_jax.eval.statistics import Features, gather_exact, merge_hosts, own_rows
-from ldm_jax.npz import read_npz
+from ldm_jax.files import read_npz
 
 BLOCK = 1024  # rows whose products are summed at a time, whatever the batches: the same bits
 REMEDY = "go on with the settings it was begun with, or delete the folder to begin anew"

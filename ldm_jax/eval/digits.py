@@ -15,10 +15,10 @@ import optax
 from ldm_jax.errors import InputError
 from ldm_jax.eval.frechet import Moments, distance
 from ldm_jax.eval.images_out import check_images, write_atomically
+from ldm_jax.files import read_npz
 from ldm_jax.keys import key_for
 from ldm_jax.models import classifier
 from ldm_jax.models.autoencoder import to_unit
-from ldm_jax.npz import read_npz
 
 BATCH = 256  # rows of one compiled inference call; the last batch is padded up to it
 
@@ -27,7 +27,7 @@ BATCH = 256  # rows of one compiled inference call; the last batch is padded up 
 class Classifier:
     """A trained classifier: the configuration and the parameters that belong together."""
 
-    config: classifier.Config
+    config: classifier.ClassifierConfig
     params: Any
 
 
@@ -40,7 +40,7 @@ def train_classifier(
     batch_size: int = 128,
     learning_rate: float = 3e-3,
     max_shift: int = 2,
-    config: classifier.Config | None = None,
+    config: classifier.ClassifierConfig | None = None,
 ) -> Classifier:
     """Trains on uint8 images [N,H,W,3] and integer labels [N]; a function of its arguments alone.
 
@@ -49,7 +49,7 @@ def train_classifier(
     """
     images, labels = _pairs(images, labels)
     if config is None:
-        config = classifier.Config(images.shape[1], num_classes=int(labels.max()) + 1)
+        config = classifier.ClassifierConfig(images.shape[1], num_classes=int(labels.max()) + 1)
     _check_classes(labels, config.num_classes)
     data = to_unit(jnp.asarray(images))
     pad = ((0, 0), (max_shift, max_shift), (max_shift, max_shift), (0, 0))
@@ -149,7 +149,7 @@ def load(path: str | os.PathLike) -> Classifier:
             "delete it and evaluate again to train another"
         )
     try:
-        config = classifier.Config(**json.loads(header))
+        config = classifier.ClassifierConfig(**json.loads(header))
     except TypeError as error:
         raise InputError(
             f"{path} was saved by another version ({error}); delete it and evaluate again"

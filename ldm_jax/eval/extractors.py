@@ -13,7 +13,7 @@ import jax
 from ldm_jax.errors import InputError
 from ldm_jax.eval import random_conv
 from ldm_jax.eval.resize import RESIZES
-from ldm_jax.models import clip, dinov2, inception, vgg
+from ldm_jax.models.frozen import clip, dinov2, inception, vgg
 
 Features = dict[str, jax.Array]  # {tap: f32 [B,D]}
 
@@ -47,7 +47,7 @@ class Extractor:
         return self.network(params, RESIZES[resize](images, self.side))
 
 
-def _clip(name: str, config: clip.Config) -> Extractor:
+def _clip(name: str, config: clip.ClipConfig) -> Extractor:
     return Extractor(
         name,
         {"image_embeds": config.embed_dim},

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm_jax import npz
+from ldm_jax import files as npz
 from ldm_jax.data import folder
 from ldm_jax.errors import InputError
 

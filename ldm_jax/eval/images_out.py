@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.errors import InputError
-from ldm_jax.npz import read_npz
+from ldm_jax.files import read_npz
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:

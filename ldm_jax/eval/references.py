@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm_jax import npz
+from ldm_jax import files as npz
 from ldm_jax.errors import InputError
 from ldm_jax.eval import array_pickle
 from ldm_jax.eval.frechet import Moments

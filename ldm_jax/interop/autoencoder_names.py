@@ -40,12 +40,12 @@ COMPVIS_MODULES = {
 COMPVIS_PARTS = {"shortcut": "nin_shortcut", "out": "proj_out"}
 
 
-def shapes(config: autoencoder.Config) -> Any:
+def shapes(config: autoencoder.AutoencoderConfig) -> Any:
     """Our tree of parameters as shapes; none are made."""
     return jax.eval_shape(lambda: autoencoder.init(config, jax.random.key(0)))
 
 
-def diffusers_names(config: autoencoder.Config) -> Names:
+def diffusers_names(config: autoencoder.AutoencoderConfig) -> Names:
     """The map to `AutoencoderKL` or `VQModel`; InputError for what these cannot express."""
     if config.latent == "kl" and config.z_channels != config.latent_channels:
         raise InputError(
@@ -74,7 +74,7 @@ def diffusers_names(config: autoencoder.Config) -> Names:
     return _names(config, level, DIFFUSERS_MODULES, DIFFUSERS_PARTS, attention=LINEAR_TO_CONV)
 
 
-def compvis_names(config: autoencoder.Config) -> Names:
+def compvis_names(config: autoencoder.AutoencoderConfig) -> Names:
     """The map to `AutoencoderKL`, `VQModel` and `VQModelInterface` of CompVis' code."""
 
     def level(side, i, kind, j):
@@ -92,7 +92,7 @@ def compvis_names(config: autoencoder.Config) -> Names:
 
 
 def _names(
-    config: autoencoder.Config,
+    config: autoencoder.AutoencoderConfig,
     level: Callable[[str, int, str, str], str],
     modules: dict[str, str],
     parts: dict[str, str],

@@ -84,7 +84,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def architecture(fields: dict[str, Any], resolution: int = 0) -> dict[str, Any]:
-    """Fields of config.json -> those of `autoencoder.Config` that they decide, as plain values.
+    """Fields of config.json -> those of `AutoencoderConfig` that they decide, as plain values.
 
     `resolution` (0: the sample_size) places attention, which config.json gives by level. Raises
     InputError for a model that is none of ours.
@@ -153,7 +153,7 @@ def _todays(name: str) -> str:
 
 
 def write_folder(
-    folder: Path, config: autoencoder.Config, params: Any, notes: dict[str, Any]
+    folder: Path, config: autoencoder.AutoencoderConfig, params: Any, notes: dict[str, Any]
 ) -> None:
     """Writes a model that diffusers' `from_pretrained` reads; `notes` are fields of KEPT.
 
@@ -168,7 +168,7 @@ def write_folder(
     (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def describe(config: autoencoder.Config) -> dict[str, Any]:
+def describe(config: autoencoder.AutoencoderConfig) -> dict[str, Any]:
     """config.json of a model, latents not scaled; the inverse of `architecture`."""
     name = CLASSES[config.latent]
     attends = [

@@ -8,7 +8,8 @@ import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop.names import CONV, LINEAR, SAME, Entry, Names, Transform, flatten, to_ours
-from ldm_jax.models import inception, perceptual_net, vgg
+from ldm_jax.models.frozen import inception, vgg
+from ldm_jax.models.frozen import lpips as perceptual_net
 
 Tensors = Mapping[str, np.ndarray]
 

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import read_npz
 from ldm_jax.interop import frozen_names, published, tensor_file, torch_file, vit_names
 from ldm_jax.interop.names import SAME, Entry, flatten, to_ours
-from ldm_jax.models import clip, dinov2, inception, perceptual_net, vgg
-from ldm_jax.npz import read_npz
+from ldm_jax.models.frozen import clip, dinov2, inception, vgg
+from ldm_jax.models.frozen import lpips as perceptual_net
 
 TORCH_SUFFIXES = (".pth", ".bin")
 SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
@@ -74,7 +75,7 @@ NETWORKS = {
 }
 
 
-class Weights(NamedTuple):
+class NetworkWeights(NamedTuple):
     """Parameters and where they come from: results name the digest."""
 
     params: Any
@@ -93,7 +94,7 @@ def load(name: str, file: str = "") -> Any:
     return read(name, file).params
 
 
-def read(name: str, file: str = "") -> Weights:
+def read(name: str, file: str = "") -> NetworkWeights:
     """A network's parameters f32 from our own file or a published one; "" is `default_path`.
 
     Raises InputError for a file that is missing, damaged or of another network.
@@ -112,7 +113,7 @@ def read(name: str, file: str = "") -> Weights:
         )
     digests = _origin(path) or [published.sha256(path)]
     known = published.is_published(name, digests)
-    return Weights(convert(name, [path]), published.joined(digests), known)
+    return NetworkWeights(convert(name, [path]), published.joined(digests), known)
 
 
 def convert(name: str, paths: Sequence[Path]) -> Any:

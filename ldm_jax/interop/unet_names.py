@@ -14,7 +14,7 @@ from ldm_jax.interop.names import (
 from ldm_jax.models import unet
 
 
-def unet_names(config: unet.Config, context_dim: int) -> Names:
+def unet_names(config: unet.UNetConfig, context_dim: int) -> Names:
     """The map to `UNet2DConditionModel`, or to `UNet2DModel` where context_dim is 0."""
     if context_dim and config.resample_in_blocks:
         raise InputError(

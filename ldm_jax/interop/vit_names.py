@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.interop.names import CONV, LINEAR, SAME, Entry, Names, Transform, to_ours
-from ldm_jax.models import clip, dinov2
+from ldm_jax.models.frozen import clip, dinov2
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -14,7 +14,7 @@ ONE_ROW = Transform(lambda a: a.reshape(-1), lambda a: (a.reshape(1, 1, -1),))
 ONE_MAP = Transform(lambda a: a[0], lambda a: (a[None],))
 
 
-def clip_params(config: clip.Config, tensors: Tensors) -> Any:
+def clip_params(config: clip.ClipConfig, tensors: Tensors) -> Any:
     """The tensors of a CLIPModel -> the tree of clip."""
     linear = {
         "q": "self_attn.q_proj",
@@ -45,7 +45,7 @@ def clip_params(config: clip.Config, tensors: Tensors) -> Any:
     return to_ours(names, tensors, clip.shapes(config))
 
 
-def dinov2_params(config: dinov2.Config, tensors: Tensors) -> Any:
+def dinov2_params(config: dinov2.DinoConfig, tensors: Tensors) -> Any:
     """The tensors of a Dinov2Model as it is saved -> the tree of dinov2."""
     linear = {
         "q": "attention.attention.query",

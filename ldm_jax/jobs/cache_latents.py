@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from ldm_jax.data import images, latent_writer
 from ldm_jax.data.latent_manifest import Manifest, Shard, Spec
-from ldm_jax.jobs.first_stage import FirstStage, load_first_stage
 from ldm_jax.models import autoencoder
+from ldm_jax.runs.first_stage import FirstStage, load_first_stage
 from ldm_jax.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, use_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class CacheOptions:
     mirrored: bool = True  # store the mirrored image's moments too, so that flips stay a draw
     dtype: str = "float32"  # of the stored moments
     batch_size: int = 0  # images per step of one process; 0 = 32 for each of its devices
@@ -28,7 +28,7 @@ class Settings:
     splits: tuple[str, ...] = images.SPLITS
 
 
-def run(workdir: Path, settings: Settings, out: Path | None = None) -> dict[str, Manifest]:
+def run(workdir: Path, settings: CacheOptions, out: Path | None = None) -> dict[str, Manifest]:
     """Writes OUT/train and OUT/held_out, or goes on with what an interrupted run left there.
 
     Shards are dealt out to the processes; each encodes its own over its own devices, so hosts never
@@ -61,7 +61,7 @@ def run(workdir: Path, settings: Settings, out: Path | None = None) -> dict[str,
 
 
 def make_spec(
-    first_stage: FirstStage, source: images.Images, split: str, settings: Settings
+    first_stage: FirstStage, source: images.ImageSplit, split: str, settings: CacheOptions
 ) -> Spec:
     """What the cache of one split will be, known before the first image is read."""
     return Spec(
@@ -100,9 +100,9 @@ def compile_encoder(first_stage: FirstStage, mesh: Mesh, mirrored: bool):
 def _encoded(
     encode,
     first_stage: FirstStage,
-    source: images.Images,
+    source: images.ImageSplit,
     shard: Shard,
-    settings: Settings,
+    settings: CacheOptions,
     mesh: Mesh,
 ) -> Iterator[dict[str, np.ndarray]]:
     bar = tqdm(

@@ -8,19 +8,13 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.data import images
+from ldm_jax.eval import report
 from ldm_jax.eval.images_out import grid
-from ldm_jax.jobs import (
-    cache_latents,
-    config_files,
-    evaluate,
-    report,
-    sample,
-    settings,
-    train_autoencoder,
-    train_denoiser,
-)
-from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.jobs.first_stage_evaluation import reconstruct
+from ldm_jax.jobs import cache_latents, evaluate, sample, train_autoencoder, train_denoiser
+from ldm_jax.runs import config_files, settings
+from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.reconstruction import reconstruct
+from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.log import read_metrics
 
@@ -42,7 +36,7 @@ def run(workdir: Path) -> Path:
         "configs/denoiser.py:digits",
         [f"--config.autoencoder={autoencoder_dir.absolute()}"],
     )
-    draw = sample.Settings(num=NUM_SAMPLES, steps=STEPS, guidance=GUIDANCE, batch_size=200)
+    draw = SampleOptions(num=NUM_SAMPLES, steps=STEPS, guidance=GUIDANCE, batch_size=200)
     commands = [
         f"ldm train-autoencoder --config=configs/autoencoder.py:digits --workdir={autoencoder_dir}",
         f"ldm cache-latents --workdir={autoencoder_dir}",
@@ -65,12 +59,12 @@ def run(workdir: Path) -> Path:
     phase("train the autoencoder", lambda: train_autoencoder.run(first, autoencoder_dir))
     phase(
         "cache the latents",
-        lambda: cache_latents.run(autoencoder_dir, cache_latents.Settings()),
+        lambda: cache_latents.run(autoencoder_dir, cache_latents.CacheOptions()),
     )
     phase("train the denoiser", lambda: train_denoiser.run(second, denoiser_dir))
     rebuilt = phase(
         "evaluate reconstructions",
-        lambda: evaluate.run(autoencoder_dir, sample.Settings(num=0)),
+        lambda: evaluate.run(autoencoder_dir, SampleOptions(num=0)),
     )
     figures = phase("sample and evaluate", lambda: evaluate.run(denoiser_dir, draw))
     pictures = phase("draw the grids", lambda: _grids(autoencoder_dir, denoiser_dir))
@@ -146,7 +140,7 @@ def _grids(autoencoder_dir: Path, denoiser_dir: Path) -> list[tuple[str, np.ndar
     indices = np.arange(20, dtype=np.int64)
     originals = source.read(indices, indices)["image"]
     rebuilt = reconstruct(first_stage, originals, mesh)
-    sample_settings = sample.Settings(num=100, steps=STEPS, guidance=GUIDANCE)
+    sample_settings = SampleOptions(num=100, steps=STEPS, guidance=GUIDANCE)
     path = sample.run(denoiser_dir, sample_settings)
     samples = np.load(path)["arr_0"]
     return [

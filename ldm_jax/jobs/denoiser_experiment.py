@@ -16,17 +16,19 @@ import numpy as np
 
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import cache_latents, sample, train_autoencoder, train_denoiser
-from ldm_jax.jobs.config_files import build, config_dict, load_config_file
-from ldm_jax.jobs.digit_evaluation import open_judge, sample_figures
-from ldm_jax.jobs.sample_program import check_steps
-from ldm_jax.jobs.sample_settings import check_values
-from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
-from ldm_jax.train.run_dir import read_json, write_json
+from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
+from ldm_jax.runs.config_files import build, config_dict, load_config_file
+from ldm_jax.runs.denoiser import load_model
+from ldm_jax.runs.digit_judge import open_judge, sample_figures
+from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
+from ldm_jax.runs.workdir import read_json, write_json
+from ldm_jax.sampling.draw import draw_images
+from ldm_jax.sampling.options import SampleOptions, check_values
+from ldm_jax.sampling.program import check_steps
 
 FIRST_STAGE = "autoencoder"
 HOW = ("sampler", "steps", "guidance", "spacing")  # what a row says of its way of sampling
-ALIKE = {f.name for f in dataclasses.fields(sample.Settings)} - {*HOW, "num", "batch_size"}
+ALIKE = {f.name for f in dataclasses.fields(SampleOptions)} - {*HOW, "num", "batch_size"}
 Row = dict[str, Any]  # arm, seed, how it was sampled, its figures
 
 
@@ -36,7 +38,7 @@ class Plan:
 
     first_stage: AutoencoderRun
     arms: dict[str, DenoiserRun]
-    samples: dict[str, tuple[sample.Settings, ...]]  # of each arm
+    samples: dict[str, tuple[SampleOptions, ...]]  # of each arm
     seeds: tuple[int, ...]
 
 
@@ -62,7 +64,7 @@ def read_plan(plan: dict[str, Any]) -> Plan:
             for arm, fields in plan["arms"].items()
         },
         {
-            arm: tuple(build(sample.Settings, dict(fields), arm) for fields in several)
+            arm: tuple(build(SampleOptions, dict(fields), arm) for fields in several)
             for arm, several in plan["samples"].items()
         },
         tuple(int(seed) for seed in plan["seeds"]),
@@ -78,7 +80,7 @@ def read_plan(plan: dict[str, Any]) -> Plan:
     return checked
 
 
-def _check_ways(arm: str, config: DenoiserRun, ways: Sequence[sample.Settings]) -> None:
+def _check_ways(arm: str, config: DenoiserRun, ways: Sequence[SampleOptions]) -> None:
     """InputError for ways of sampling that are none for this arm, or that no row would tell."""
     if not ways:
         raise InputError(f"samples of {arm!r} are empty; name one way of sampling at least")
@@ -97,7 +99,7 @@ def run(plan: Plan, workdir: Path) -> list[Row]:
     """Trains, samples and judges; a row for every arm, seed and way of sampling."""
     workdir = Path(workdir)
     train_autoencoder.run(plan.first_stage, workdir / FIRST_STAGE)
-    cache_latents.run(workdir / FIRST_STAGE, cache_latents.Settings())
+    cache_latents.run(workdir / FIRST_STAGE, cache_latents.CacheOptions())
     first_stage = str((workdir / FIRST_STAGE).absolute())
     rows: list[Row] = []
     # Seed by seed, so that a half-finished experiment already compares every arm.
@@ -110,16 +112,16 @@ def run(plan: Plan, workdir: Path) -> list[Row]:
     return rows
 
 
-def _figures(config: DenoiserRun, folder: Path, ways: Sequence[sample.Settings]) -> list[Row]:
+def _figures(config: DenoiserRun, folder: Path, ways: Sequence[SampleOptions]) -> list[Row]:
     done = folder / "figures.json"
     rows: list[Row] = read_json(done) if done.exists() else []
     if len(rows) == len(ways):
         return rows
     train_denoiser.run(config, folder)
-    model = sample.load_model(folder, ways[0])
+    model = load_model(folder, ways[0].which)
     judge = open_judge(model.first_stage, model.mesh, folder.parent / "classifier.npz")
     for way in ways[len(rows) :]:
-        figures = sample_figures(judge, *sample.sample(model, way))
+        figures = sample_figures(judge, *draw_images(model, way))
         how = {name: getattr(way, name) for name in HOW}
         rows.append({**how, **figures})
         print(f"{folder.name} {' '.join(map(str, how.values()))}: {figures['sample_accuracy']:.4f}")

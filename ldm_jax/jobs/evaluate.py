@@ -13,25 +13,25 @@ import numpy as np
 
 from ldm_jax.data import images
 from ldm_jax.errors import InputError
+from ldm_jax.eval import evaluation as image_evaluation
+from ldm_jax.eval import judge as image_judge
 from ldm_jax.eval import published
 from ldm_jax.eval.first_stage import measure
+from ldm_jax.eval.measure import open_set
 from ldm_jax.interop import pretrained
-from ldm_jax.jobs import (
-    image_evaluation,
-    image_judge,
-    reconstruction_evaluation,
-    sample,
-    sample_evaluation,
-)
-from ldm_jax.jobs.config_files import build
-from ldm_jax.jobs.digit_evaluation import open_judge, sample_figures
-from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.jobs.first_stage_evaluation import compile_lpips, compile_reconstruction, spread
-from ldm_jax.jobs.image_reference import open_set
-from ldm_jax.jobs.settings import AutoencoderRun, DenoiserRun
+from ldm_jax.runs import rebuilt as reconstruction_evaluation
+from ldm_jax.runs.config_files import build
+from ldm_jax.runs.denoiser import load_model
+from ldm_jax.runs.digit_judge import open_judge, sample_figures
+from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.reconstruction import compile_lpips, compile_reconstruction, spread
+from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
+from ldm_jax.runs.workdir import read_run
+from ldm_jax.sampling import judged as sample_evaluation
+from ldm_jax.sampling.draw import check_options, draw_images
+from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.first_stage_loss import AutoencoderLoss
-from ldm_jax.train.run_dir import read_run
 
 Figures = dict[str, float]
 # Measured where --num does not say: samples by the digits' judge, by others, and reconstructions.
@@ -44,13 +44,13 @@ OF_SETS = ("unconditional", "class-conditional", "text-to-image")  # published o
 class Asked:
     """What of an evaluation is not the sampling."""
 
-    judge: image_judge.Settings | None = None  # None: what suits the run, see `run`
+    judge: image_judge.JudgeOptions | None = None  # None: what suits the run, see `run`
     labels: str = "balanced"  # of samples: "balanced" | "random"
     keep: str = ""  # folder that every sample is written into; "" = none is
     dataset: str = ""  # whose published figures are printed beside ours; "" = none
 
 
-def run(workdir: Path, settings: sample.Settings, asked: Asked = Asked()) -> Figures:
+def run(workdir: Path, settings: SampleOptions, asked: Asked = Asked()) -> Figures:
     """Measures, prints and appends to `evaluation.jsonl`; what is measured depends on the run.
 
     Without a judge in `asked`, a first stage is measured by its reconstructions' PSNR, SSIM and
@@ -81,10 +81,10 @@ def run(workdir: Path, settings: sample.Settings, asked: Asked = Asked()) -> Fig
     return figures
 
 
-def evaluate_set(path: str, out: Path, settings: sample.Settings, asked: Asked) -> Figures:
+def evaluate_set(path: str, out: Path, settings: SampleOptions, asked: Asked) -> Figures:
     """Figures of a folder of images or an .npz; OUT/evaluation.jsonl takes them."""
     refuse_sampling(settings, asked, "a set of images is measured whole")
-    judge, rows = asked.judge or image_judge.Settings(), _published(asked, *OF_SETS)
+    judge, rows = asked.judge or image_judge.JudgeOptions(), _published(asked, *OF_SETS)
     images = open_set(path)
     evaluation = image_evaluation.prepare(
         judge, mesh=make_mesh(MeshConfig()), folder=Path(out) / "evaluation", num=images.num
@@ -94,10 +94,10 @@ def evaluate_set(path: str, out: Path, settings: sample.Settings, asked: Asked) 
     return figures
 
 
-def write_statistics(path: str, out: Path, settings: sample.Settings, asked: Asked) -> None:
+def write_statistics(path: str, out: Path, settings: SampleOptions, asked: Asked) -> None:
     """Writes the statistics of a folder of images or an .npz as OUT.npz, for --reference."""
     refuse_sampling(settings, asked, "a set of images is measured whole")
-    judge = asked.judge or image_judge.Settings()
+    judge = asked.judge or image_judge.JudgeOptions()
     if judge.reference or judge.metrics or asked.dataset:
         raise InputError(
             "--stats-only compares with nothing; leave --reference, --metrics and --dataset out"
@@ -108,12 +108,12 @@ def write_statistics(path: str, out: Path, settings: sample.Settings, asked: Ask
     image_evaluation.write_statistics(judge, open_set(path), mesh=mesh, out=out)
 
 
-def image_figures(workdir: Path, settings: sample.Settings, asked: Asked) -> Figures:
+def image_figures(workdir: Path, settings: SampleOptions, asked: Asked) -> Figures:
     """Figures of a denoiser's samples by a frozen network, against its training images."""
     settings = dataclasses.replace(settings, num=settings.num or NUM_SAMPLES)
-    judge = asked.judge or image_judge.Settings()
-    model = sample.load_model(workdir, settings)
-    settings = sample.check(settings, model)
+    judge = asked.judge or image_judge.JudgeOptions()
+    model = load_model(workdir, settings.which)
+    settings = check_options(settings, model)
     evaluation = image_evaluation.prepare(
         judge,
         mesh=model.mesh,
@@ -135,7 +135,7 @@ def image_figures(workdir: Path, settings: sample.Settings, asked: Asked) -> Fig
 
 
 def _first_stage(
-    workdir: Path, settings: sample.Settings, asked: Asked, record: dict[str, Any]
+    workdir: Path, settings: SampleOptions, asked: Asked, record: dict[str, Any]
 ) -> Figures:
     how = first_stage_settings(settings, asked)
     judged = None
@@ -181,11 +181,11 @@ def _show(figures: Figures, rows: list[published.Row]) -> None:
 
 
 def refuse_sampling(
-    settings: sample.Settings, asked: Asked, what: str, known: Container[str] = ()
+    settings: SampleOptions, asked: Asked, what: str, known: Container[str] = ()
 ) -> None:
     """InputError for flags, but those `known`, that are about samples and not about `what`."""
     given = dataclasses.asdict(settings) | {"labels": asked.labels, "keep": asked.keep}
-    neutral = dataclasses.asdict(sample.Settings(num=0))
+    neutral = dataclasses.asdict(SampleOptions(num=0))
     neutral |= {"labels": Asked.labels, "keep": Asked.keep}
     for name, value in given.items():
         if name not in known and value != neutral[name]:
@@ -194,7 +194,7 @@ def refuse_sampling(
             )
 
 
-def first_stage_settings(settings: sample.Settings, asked: Asked = Asked()) -> dict[str, Any]:
+def first_stage_settings(settings: SampleOptions, asked: Asked = Asked()) -> dict[str, Any]:
     """What of the flags a first stage knows; InputError for those that only samples have."""
     refuse_sampling(settings, asked, "this workdir holds a first stage", {"num", "step", "weights"})
     if settings.num < 0:
@@ -246,9 +246,9 @@ def reconstruction_figures(
     return figures | {"step": float(first_stage.step)}
 
 
-def digit_figures(workdir: Path, settings: sample.Settings) -> Figures:
+def digit_figures(workdir: Path, settings: SampleOptions) -> Figures:
     """Figures of a denoiser's samples, see `digit_evaluation`; WORKDIR/classifier.npz judges."""
-    model = sample.load_model(workdir, settings)
+    model = load_model(workdir, settings.which)
     judge = open_judge(model.first_stage, model.mesh, Path(workdir) / "classifier.npz")
-    figures = sample_figures(judge, *sample.sample(model, settings))
+    figures = sample_figures(judge, *draw_images(model, settings))
     return figures | {"step": float(model.step)}

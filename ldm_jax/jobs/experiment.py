@@ -13,9 +13,9 @@ import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import denoiser_experiment, evaluate, train_autoencoder
-from ldm_jax.jobs.config_files import build, load_config_file
-from ldm_jax.jobs.settings import AutoencoderRun
-from ldm_jax.train.run_dir import open_experiment, read_json, read_run, write_json
+from ldm_jax.runs.config_files import build, load_config_file
+from ldm_jax.runs.settings import AutoencoderRun
+from ldm_jax.runs.workdir import open_experiment, read_json, read_run, write_json
 
 Results = dict[str, list[dict[str, float]]]  # arm -> figures of each seed
 

@@ -8,9 +8,9 @@ import jax
 from ldm_jax.data.latent_manifest import MANIFEST, load_manifest
 from ldm_jax.errors import InputError
 from ldm_jax.interop import diffusers
-from ldm_jax.jobs.first_stage import FirstStage, load_first_stage
+from ldm_jax.runs.first_stage import FirstStage, load_first_stage
+from ldm_jax.runs.workdir import read_run
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh
-from ldm_jax.train.run_dir import read_run
 
 
 def run(workdir: Path, out: Path) -> None:

@@ -11,11 +11,11 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop import compvis, diffusers
 from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
 from ldm_jax.interop.names import to_ours
-from ldm_jax.jobs import config_files, settings
+from ldm_jax.runs import config_files, settings
+from ldm_jax.runs.workdir import describe, to_json, write_json
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train import ema
 from ldm_jax.train.checkpoint import save_params
-from ldm_jax.train.run_dir import describe, to_json, write_json
 
 
 def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
@@ -61,7 +61,7 @@ def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
 def _settings(values: dict[str, Any], overrides: list[str]) -> settings.AutoencoderRun:
     run_config = config_files.apply_overrides(settings.AutoencoderRun, values, overrides)
     assert isinstance(run_config, settings.AutoencoderRun)
-    return dataclasses.replace(run_config, ema=ema.Config(decay=0.0))
+    return dataclasses.replace(run_config, ema=ema.EmaConfig(decay=0.0))
 
 
 def _with_architecture(values: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:

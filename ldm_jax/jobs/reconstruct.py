@@ -13,23 +13,25 @@ from ldm_jax.data.folder import image_files, read_image
 from ldm_jax.errors import InputError
 from ldm_jax.eval.images_out import png_bytes, save_grid, write_atomically
 from ldm_jax.eval.reconstruction import WINDOW, psnr, ssim
-from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.jobs.first_stage_evaluation import compile_reconstruction
 from ldm_jax.models import autoencoder
+from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.reconstruction import compile_reconstruction
+from ldm_jax.runs.workdir import write_json
 from ldm_jax.sharding import MeshConfig, make_mesh
-from ldm_jax.train.run_dir import write_json
 
 GRID, RECORD = "grid.png", "reconstruction.json"
 SHOWN = 32  # pairs in the grid, four to a row
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class ReconstructOptions:
     size: int = 0  # pixels a side of what goes through; 0 = the model's resolution
     batch_size: int = 0  # images at a time; 0 = 8 for each device
 
 
-def run(workdir: Path, images: str, out: Path, settings: Settings = Settings()) -> dict:
+def run(
+    workdir: Path, images: str, out: Path, settings: ReconstructOptions = ReconstructOptions()
+) -> dict:
     """Writes OUT/NAME.png for each image, OUT/grid.png and OUT/reconstruction.json, given back.
 
     Images are resized and centre-cropped as the run's held-out ones are, whatever their folders.
@@ -125,7 +127,7 @@ def _targets(images: str) -> dict[str, str]:
     return targets
 
 
-def _checked_size(size: int, config: autoencoder.Config) -> int:
+def _checked_size(size: int, config: autoencoder.AutoencoderConfig) -> int:
     size = size or config.resolution
     if size < 1 or size % config.factor:
         nearest = max(1, round(size / config.factor)) * config.factor

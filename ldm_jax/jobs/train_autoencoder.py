@@ -14,17 +14,17 @@ from ldm_jax.data.images import open_images
 from ldm_jax.data.order import Order
 from ldm_jax.errors import InputError
 from ldm_jax.interop import pretrained
-from ldm_jax.jobs.first_stage import load_first_stage, tree_hash
-from ldm_jax.jobs.first_stage_evaluation import compile_lpips, make_evaluation
-from ldm_jax.jobs.settings import AutoencoderRun
-from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import autoencoder
+from ldm_jax.runs.first_stage import load_first_stage, tree_hash
+from ldm_jax.runs.reconstruction import compile_lpips, make_evaluation
+from ldm_jax.runs.settings import AutoencoderRun
+from ldm_jax.runs.training import check_traces, fit
+from ldm_jax.runs.workdir import open_run, read_run
 from ldm_jax.sharding import check_batch, make_mesh, replicated
 from ldm_jax.train import adversarial, optim
 from ldm_jax.train.autoencoder_step import make_autoencoder_step, start_extra
 from ldm_jax.train.checkpoint import has_checkpoint
 from ldm_jax.train.first_stage_loss import autoencoder_loss
-from ldm_jax.train.run_dir import open_run, read_run
 from ldm_jax.train.state import TrainState
 
 
@@ -146,7 +146,7 @@ def initial_weights(config: AutoencoderRun, mesh: Mesh) -> Any:
     return first_stage.params
 
 
-def architecture(model: autoencoder.Config) -> dict[str, Any]:
+def architecture(model: autoencoder.AutoencoderConfig) -> dict[str, Any]:
     """What of a model its weights belong to: not its resolution, its dtype or its training."""
     fields = dataclasses.asdict(model)
     for name in ("resolution", "compute_dtype", "attention_resolutions", "quantizer"):

@@ -12,14 +12,15 @@ from ldm_jax.data.latent_manifest import Manifest
 from ldm_jax.diffusion import objective
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import denoiser_evaluation, training_samples
-from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.jobs.settings import DenoiserRun
-from ldm_jax.jobs.training import check_traces, fit
 from ldm_jax.models import denoiser, latents
+from ldm_jax.runs import held_out as denoiser_evaluation
+from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.settings import DenoiserRun
+from ldm_jax.runs.training import check_traces, fit
+from ldm_jax.runs.workdir import open_run
+from ldm_jax.sampling import training as training_samples
 from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train import optim, uncertainty
-from ldm_jax.train.run_dir import open_run
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.steps import denoiser_loss, denoiser_losses, make_step
 

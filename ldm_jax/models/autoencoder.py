@@ -30,14 +30,14 @@ from ldm_jax.models.layers import (
     resolve_dtype,
     upsample_nearest,
 )
-from ldm_jax.models.quantizer import Config as QuantizerConfig
+from ldm_jax.models.quantizer import QuantizerConfig
 from ldm_jax.sharding import constrain
 
 LATENTS = ("kl", "vq", "identity")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class AutoencoderConfig:
     """A first stage with downsampling factor 2 ** (len(width_multipliers) - 1)."""
 
     latent: str = "kl"  # "kl" Gaussian | "vq" codebook | "identity" the image, nothing learnt
@@ -114,7 +114,7 @@ class Config:
 
 class _ResBlock(nn.Module):
     features: int
-    config: Config
+    config: AutoencoderConfig
 
     @nn.compact
     def __call__(self, x):
@@ -131,7 +131,7 @@ class _ResBlock(nn.Module):
 class _Attention(nn.Module):
     """Single-head self-attention over all positions, with a residual."""
 
-    config: Config
+    config: AutoencoderConfig
 
     @nn.compact
     def __call__(self, x):
@@ -155,7 +155,7 @@ def _middle(x, config):
 
 
 class _Encoder(nn.Module):
-    config: Config
+    config: AutoencoderConfig
 
     @nn.compact
     def __call__(self, x):
@@ -179,7 +179,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    config: Config
+    config: AutoencoderConfig
 
     @nn.compact
     def __call__(self, z):
@@ -202,7 +202,7 @@ def _last_layer(config):
     return Conv(config.image_channels, dtype=config.dtype, name="conv_out")
 
 
-def _declared(config: Config) -> Any:
+def _declared(config: AutoencoderConfig) -> Any:
     if config.latent == "identity":
         return {"encoder": {}, "decoder": {}}
     x = jnp.zeros((1, config.resolution, config.resolution, config.image_channels))
@@ -218,12 +218,12 @@ def _declared(config: Config) -> Any:
     return declared
 
 
-def init(config: Config, key: jax.Array) -> Any:
+def init(config: AutoencoderConfig, key: jax.Array) -> Any:
     """Parameters as nested dicts of f32 arrays."""
     return draw_parameters(_declared(config), key)
 
 
-def axes(config: Config) -> Any:
+def axes(config: AutoencoderConfig) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
     return parameter_axes(_declared(config))
 
@@ -238,7 +238,7 @@ def to_uint8(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round((x + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def encode(config: Config, params: Any, x: jax.Array) -> jax.Array:
+def encode(config: AutoencoderConfig, params: Any, x: jax.Array) -> jax.Array:
     """Images f32 [B,H,W,3] in [-1,1] -> moments f32 [B,H/f,W/f,2C]: mean, then log-variance.
 
     A latent that is no distribution ("vq", "identity") is given itself, [B,H/f,W/f,C]; that of a
@@ -250,7 +250,7 @@ def encode(config: Config, params: Any, x: jax.Array) -> jax.Array:
     return _Encoder(config).apply({"params": params["encoder"]}, x)
 
 
-def decode(config: Config, params: Any, z: jax.Array) -> jax.Array:
+def decode(config: AutoencoderConfig, params: Any, z: jax.Array) -> jax.Array:
     """Latents f32 [B,h,w,C], as the encoder gives them (unwhitened) -> images f32 [B,hf,wf,3].
 
     A VQ model snaps them to its codebook first.
@@ -262,23 +262,23 @@ def decode(config: Config, params: Any, z: jax.Array) -> jax.Array:
     return to_image(config, params, decode_features(config, params, z))
 
 
-def decode_features(config: Config, params: Any, z: jax.Array) -> jax.Array:
+def decode_features(config: AutoencoderConfig, params: Any, z: jax.Array) -> jax.Array:
     """The decoder up to its last layer, [B,h,w,C] -> [B,hf,wf,width]; nothing is quantized."""
     z = constrain(z, "batch", "height", "width", "channels")
     return _Decoder(config).apply({"params": params["decoder"]}, z)
 
 
-def to_image(config: Config, params: Any, features: jax.Array) -> jax.Array:
+def to_image(config: AutoencoderConfig, params: Any, features: jax.Array) -> jax.Array:
     """The decoder's last layer, [B,H,W,width] -> f32 [B,H,W,3]."""
     last = {"params": params["decoder"]["conv_out"]}
     return _last_layer(config).apply(last, features).astype(jnp.float32)
 
 
-def draw(config: Config, moments: jax.Array, keys: jax.Array) -> jax.Array:
+def draw(config: AutoencoderConfig, moments: jax.Array, keys: jax.Array) -> jax.Array:
     """A latent z [B,h,w,C] from what `encode` gave; row i of a Gaussian is drawn with keys[i]."""
     return latents.draw(moments, keys, config.latent_channels)
 
 
-def mode(config: Config, moments: jax.Array) -> jax.Array:
+def mode(config: AutoencoderConfig, moments: jax.Array) -> jax.Array:
     """The latent's most likely value [B,h,w,C] from what `encode` gave."""
     return latents.mode(moments, config.latent_channels)

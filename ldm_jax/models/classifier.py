@@ -17,7 +17,7 @@ from ldm_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ClassifierConfig:
     """Three 3x3 convolutions of stride 2, then two dense layers."""
 
     resolution: int = 32  # image side, a multiple of 4
@@ -50,7 +50,7 @@ def _shapes(config):
     }
 
 
-def init(config: Config, key: jax.Array) -> Any:
+def init(config: ClassifierConfig, key: jax.Array) -> Any:
     """Parameters as a nested dict of f32 arrays: kernels uniform, variance 2 / fan-in; biases 0."""
     shapes = {name: shape for name, (shape, _) in _shapes(config).items()}
     # One draw for all: each further one would cost half a second of compilation on a CPU.
@@ -65,14 +65,14 @@ def init(config: Config, key: jax.Array) -> Any:
     }
 
 
-def axes(config: Config) -> Any:
+def axes(config: ClassifierConfig) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
     return {
         name: {"kernel": names, "bias": names[-1:]} for name, (_, names) in _shapes(config).items()
     }
 
 
-def apply(config: Config, params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply(config: ClassifierConfig, params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Images f32 [B,H,W,C] in [-1,1] -> (logits [B,num_classes], features [B,F] of unit RMS).
 
     Raises InputError for images of another shape than the configured one.

@@ -12,7 +12,7 @@ KINDS = ("none", "class")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class ConditionerConfig:
     """`class` learns one context token per class and one more, id num_classes, for "no class"."""
 
     kind: str = "none"
@@ -28,7 +28,7 @@ class Config:
             )
 
 
-def init(config: Config, key: jax.Array) -> Any:
+def init(config: ConditionerConfig, key: jax.Array) -> Any:
     """Parameters as a nested dict; standard normal rows, as published."""
     if config.kind == "none":
         return {}
@@ -36,19 +36,19 @@ def init(config: Config, key: jax.Array) -> Any:
     return {"embedding": jax.random.normal(key, shape, jnp.float32)}
 
 
-def axes(config: Config) -> Any:
+def axes(config: ConditionerConfig) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
     return {} if config.kind == "none" else {"embedding": ("vocab", "in_channels")}
 
 
-def apply(config: Config, params: Any, cond: dict[str, jax.Array]) -> jax.Array | None:
+def apply(config: ConditionerConfig, params: Any, cond: dict[str, jax.Array]) -> jax.Array | None:
     """{"label": int32 [B]} -> context f32 [B,1,D]; None for the unconditional model."""
     if config.kind == "none":
         return None
     return params["embedding"][cond["label"]][:, None]
 
 
-def null(config: Config, batch_size: int) -> dict[str, jax.Array]:
+def null(config: ConditionerConfig, batch_size: int) -> dict[str, jax.Array]:
     """The condition that says nothing, for guidance and for dropping labels in training."""
     if config.kind == "none":
         return {}

@@ -11,9 +11,9 @@ from ldm_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    backbone: unet.Config = unet.Config()
-    conditioner: conditioners.Config = conditioners.Config()
+class DenoiserConfig:
+    backbone: unet.UNetConfig = unet.UNetConfig()
+    conditioner: conditioners.ConditionerConfig = conditioners.ConditionerConfig()
 
     @property
     def context_dim(self) -> int:
@@ -21,7 +21,7 @@ class Config:
         return 0 if self.conditioner.kind == "none" else self.conditioner.context_dim
 
 
-def init(config: Config, key: jax.Array) -> Any:
+def init(config: DenoiserConfig, key: jax.Array) -> Any:
     """Parameters as nested dicts of f32 arrays: `backbone` and `conditioner`."""
     backbone_key, conditioner_key = jax.random.split(key)
     return {
@@ -30,7 +30,7 @@ def init(config: Config, key: jax.Array) -> Any:
     }
 
 
-def axes(config: Config) -> Any:
+def axes(config: DenoiserConfig) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
     return {
         "backbone": unet.axes(config.backbone, config.context_dim),
@@ -38,7 +38,9 @@ def axes(config: Config) -> Any:
     }
 
 
-def apply(config: Config, params: Any, z_t: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
+def apply(
+    config: DenoiserConfig, params: Any, z_t: jax.Array, t: jax.Array, cond: Any
+) -> jax.Array:
     """Prediction f32 [B,H,W,C] from z_t f32 [B,H,W,C], times [B], conditions {name: [B,...]}."""
     context = conditioners.apply(config.conditioner, params["conditioner"], cond)
     if context is not None:
@@ -46,12 +48,12 @@ def apply(config: Config, params: Any, z_t: jax.Array, t: jax.Array, cond: Any) 
     return unet.apply(config.backbone, params["backbone"], z_t, t, context)
 
 
-def condition_names(config: Config) -> tuple[str, ...]:
+def condition_names(config: DenoiserConfig) -> tuple[str, ...]:
     """The entries of a batch that tell this denoiser something."""
     return tuple(conditioners.null(config.conditioner, 1))
 
 
-def drop_condition(config: Config, cond: Any, drop: jax.Array) -> Any:
+def drop_condition(config: DenoiserConfig, cond: Any, drop: jax.Array) -> Any:
     """Replaces the condition by the null one where `drop` [B] is true."""
     null = conditioners.null(config.conditioner, drop.shape[0])
     wide = lambda mask, x: mask.reshape(mask.shape + (1,) * (x.ndim - 1))  # noqa: E731

@@ -20,7 +20,7 @@ MOMENTUM, EPSILON = 0.1, 1e-5  # of batch norm's running statistics, and under i
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class DiscriminatorConfig:
     width: int = 64  # channels of the first layer; they double up to eightfold
     num_layers: int = 3  # strided ones; 3 sees 70 pixels, 2 sees 34
     norm: str = "batch"  # "batch" | "act" scale and shift set from the first batch | "none"
@@ -34,7 +34,7 @@ class Config:
                 raise InputError(f"discriminator {name} {getattr(self, name)} must be at least 1")
 
 
-def _layers(config: Config, channels: int) -> list[tuple[str, int, int, int, bool]]:
+def _layers(config: DiscriminatorConfig, channels: int) -> list[tuple[str, int, int, int, bool]]:
     """(name, channels in, channels out, stride, has norm) of each 4x4 convolution."""
     widths = [config.width * min(2**i, 8) for i in range(config.num_layers + 1)]
     layers = [("conv0", channels, widths[0], 2, False)]
@@ -44,7 +44,7 @@ def _layers(config: Config, channels: int) -> list[tuple[str, int, int, int, boo
     return [*layers, ("logits", widths[-1], 1, 1, False)]
 
 
-def _declared(config: Config, channels: int) -> Any:
+def _declared(config: DiscriminatorConfig, channels: int) -> Any:
     declared = {}
     for name, c_in, c_out, _, has_norm in _layers(config, channels):
         shape = (4, 4, c_in, c_out)
@@ -65,17 +65,17 @@ def _constant(size, value):
     return Declared(jnp.zeros(size), (None,), 0.0, value)
 
 
-def init(config: Config, key: jax.Array, channels: int = 3) -> Any:
+def init(config: DiscriminatorConfig, key: jax.Array, channels: int = 3) -> Any:
     """Parameters as nested dicts of f32 arrays, for images of so many channels."""
     return draw_parameters(_declared(config, channels), key)
 
 
-def axes(config: Config, channels: int = 3) -> Any:
+def axes(config: DiscriminatorConfig, channels: int = 3) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
     return parameter_axes(_declared(config, channels))
 
 
-def init_statistics(config: Config, channels: int = 3) -> Any:
+def init_statistics(config: DiscriminatorConfig, channels: int = 3) -> Any:
     """Running mean and variance of each batch norm; empty for other norms.
 
     Training never reads them: they are for whoever runs the discriminator on single images.
@@ -89,7 +89,7 @@ def init_statistics(config: Config, channels: int = 3) -> Any:
     }
 
 
-def apply(config: Config, params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
+def apply(config: DiscriminatorConfig, params: Any, x: jax.Array) -> tuple[jax.Array, Any]:
     """Images f32 [B,H,W,3] in [-1,1] -> logits f32 [B,h,w,1] and the batch's statistics.
 
     Statistics have the tree of `init_statistics`, with unbiased variances.
@@ -115,7 +115,7 @@ def update_statistics(running: Any, batch: Any) -> Any:
     return jax.tree.map(lambda r, b: (1 - MOMENTUM) * r + MOMENTUM * b, running, batch)
 
 
-def start_act_norm(config: Config, params: Any, x: jax.Array) -> Any:
+def start_act_norm(config: DiscriminatorConfig, params: Any, x: jax.Array) -> Any:
     """Parameters whose act norms give mean 0 and deviation 1 on the batch x [B,H,W,3].
 
     y = scale * (h + bias), as published. Kingma & Dhariwal, NeurIPS 2018, sec. 3.1.

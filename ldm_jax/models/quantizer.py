@@ -17,7 +17,7 @@ CHUNK = 1024  # codes whose distances are held at once: [B,h,w,CHUNK] f32
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class QuantizerConfig:
     codebook_size: int = 8192  # number of codes; each starts uniform in +-1/codebook_size
     beta: float = 0.25
     legacy_beta: bool = True  # published: beta weighs the codebook's term; False: the commitment's
@@ -82,7 +82,7 @@ def straight_through(z: jax.Array, z_q: jax.Array) -> jax.Array:
     return z + jax.lax.stop_gradient(z_q - z)
 
 
-def loss(config: Config, z: jax.Array, z_q: jax.Array) -> jax.Array:
+def loss(config: QuantizerConfig, z: jax.Array, z_q: jax.Array) -> jax.Array:
     """Codebook and commitment terms, *means* over all elements as published.
 
     With `legacy_beta` the commitment has weight 1 and the codebook beta, as in every released
@@ -114,7 +114,7 @@ def start_counts(codebook: jax.Array) -> dict[str, jax.Array]:
 
 
 def upkeep(
-    config: Config,
+    config: QuantizerConfig,
     codebook: jax.Array,
     carried: dict[str, jax.Array],
     z: jax.Array,

@@ -32,7 +32,7 @@ from ldm_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class UNetConfig:
     """Exactly one of num_heads and head_channels is positive; the other is 0."""
 
     in_channels: int = 3
@@ -96,7 +96,7 @@ def _average_pool(x):
 
 class _ResBlock(nn.Module):
     features: int
-    config: Config
+    config: UNetConfig
     resample: str = "none"  # "none" | "down" | "up"
 
     @nn.compact
@@ -125,7 +125,7 @@ class _ResBlock(nn.Module):
 class _SelfAttention(nn.Module):
     """ADM's attention block: heads are split before q, k and v."""
 
-    config: Config
+    config: UNetConfig
 
     @nn.compact
     def __call__(self, x, context):
@@ -140,7 +140,7 @@ class _SelfAttention(nn.Module):
 
 
 class _CrossAttention(nn.Module):
-    config: Config
+    config: UNetConfig
 
     @nn.compact
     def __call__(self, x, context):
@@ -156,7 +156,7 @@ class _CrossAttention(nn.Module):
 class _FeedForward(nn.Module):
     """GEGLU of inner width 4D."""
 
-    config: Config
+    config: UNetConfig
 
     @nn.compact
     def __call__(self, x):
@@ -168,7 +168,7 @@ class _FeedForward(nn.Module):
 
 
 class _SpatialTransformer(nn.Module):
-    config: Config
+    config: UNetConfig
 
     @nn.compact
     def __call__(self, x, context):
@@ -189,7 +189,7 @@ class _SpatialTransformer(nn.Module):
 
 
 class _UNet(nn.Module):
-    config: Config
+    config: UNetConfig
 
     @nn.compact
     def __call__(self, z_t, t, context):
@@ -238,25 +238,25 @@ class _UNet(nn.Module):
         return x.astype(jnp.float32)
 
 
-def _declared(config: Config, context_dim: int) -> Any:
+def _declared(config: UNetConfig, context_dim: int) -> Any:
     side = 2 ** (len(config.width_multipliers) - 1)
     z = jnp.zeros((1, side, side, config.in_channels))
     context = jnp.zeros((1, 1, context_dim)) if context_dim else None
     return declarations(_UNet(config), z, jnp.zeros((1,)), context)
 
 
-def init(config: Config, key: jax.Array, context_dim: int = 0) -> Any:
+def init(config: UNetConfig, key: jax.Array, context_dim: int = 0) -> Any:
     """Parameters as nested dicts of f32 arrays; context_dim 0 is the unconditional model."""
     return draw_parameters(_declared(config, context_dim), key)
 
 
-def axes(config: Config, context_dim: int = 0) -> Any:
+def axes(config: UNetConfig, context_dim: int = 0) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
     return parameter_axes(_declared(config, context_dim))
 
 
 def apply(
-    config: Config, params: Any, z_t: jax.Array, t: jax.Array, context: jax.Array | None = None
+    config: UNetConfig, params: Any, z_t: jax.Array, t: jax.Array, context: jax.Array | None = None
 ) -> jax.Array:
     """Noisy latents f32 [B,H,W,C], times [B], context [B,T,D] or None -> prediction f32 [B,H,W,C].
 

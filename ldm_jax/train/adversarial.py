@@ -14,13 +14,13 @@ import optax
 
 from ldm_jax.errors import InputError
 from ldm_jax.models import discriminator
-from ldm_jax.models.discriminator import Config as DiscriminatorConfig
+from ldm_jax.models.discriminator import DiscriminatorConfig
 
 LECAM_DECAY = 0.99  # of the moving averages of logits that LeCam anchors to
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class AdversarialConfig:
     weight: float = 0.0  # of the generator's loss, on top of its adaptation; 0 = no discriminator
     start: int = 0  # updates without it; before, the discriminator is neither run nor trained
     loss: str = "hinge"  # "hinge" | "vanilla", the discriminator's
@@ -86,7 +86,10 @@ def adaptive_weight(
 
 
 def start(
-    config: Config, key: jax.Array, optimizer: optax.GradientTransformation, channels: int
+    config: AdversarialConfig,
+    key: jax.Array,
+    optimizer: optax.GradientTransformation,
+    channels: int,
 ) -> dict[str, Any]:
     """What the discriminator carries before its first update."""
     params = discriminator.init(config.discriminator, key, channels)
@@ -98,7 +101,7 @@ def start(
     return carried
 
 
-def started(config: Config, params: Any, x_hat: jax.Array, step: jax.Array) -> Any:
+def started(config: AdversarialConfig, params: Any, x_hat: jax.Array, step: jax.Array) -> Any:
     """The discriminator's parameters; at `start`, act norms are set by the reconstructions."""
     if config.discriminator.norm != "act":
         return params
@@ -107,7 +110,7 @@ def started(config: Config, params: Any, x_hat: jax.Array, step: jax.Array) -> A
 
 
 def discriminator_turn(
-    config: Config,
+    config: AdversarialConfig,
     optimizer: optax.GradientTransformation,
     carried: dict[str, Any],
     x: jax.Array,
@@ -171,6 +174,6 @@ def _discriminator_loss(config, params, carried, x, x_hat, step):
     return loss, (real.mean(), fake.mean(), (of_real, of_fake))
 
 
-def axes(config: Config, channels: int) -> Any:
+def axes(config: AdversarialConfig, channels: int) -> Any:
     """Logical axes of the discriminator's parameters, from which all it carries is sharded."""
     return discriminator.axes(config.discriminator, channels)

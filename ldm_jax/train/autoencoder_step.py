@@ -45,7 +45,7 @@ def make_autoencoder_step(
     optimizer: optax.GradientTransformation,
     discriminator_optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
-    ema: ema_lib.Config,
+    ema: ema_lib.EmaConfig,
     mesh: Mesh,
     shardings: TrainState,
     perceptual: Any,

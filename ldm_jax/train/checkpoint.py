@@ -221,7 +221,7 @@ def has_checkpoint(workdir: Path) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Weights:
+class RunWeights:
     """Which weights of a run a later job uses, and the step they are from."""
 
     params: Any
@@ -229,7 +229,7 @@ class Weights:
     which: str  # "ema" | "params" | "ema-NAME"
 
 
-def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = None) -> Weights:
+def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = None) -> RunWeights:
     """Parameters of a finished or running training, for sampling, caching and evaluation.
 
     `like` gives shapes and shardings; `which` is "ema", "params" or "ema-NAME". Raises InputError
@@ -251,7 +251,7 @@ def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = Non
                 f"workdir {workdir} holds no weights {which!r} at step {step}; it has "
                 f"{sorted(known)}"
             )
-        return Weights(checkpoints.restore_item(step, which, like), step, which)
+        return RunWeights(checkpoints.restore_item(step, which, like), step, which)
     finally:
         checkpoints.close()
 

@@ -15,7 +15,7 @@ from ldm_jax.train.power_ema import gamma_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class EmaConfig:
     decay: float = 0.9999  # 0 = keep no average
     warmup: bool = True  # decay at most (1 + n) / (10 + n) at update n = 1, 2, ...
     more: tuple[float, ...] = ()  # further decays, each an average of its own
@@ -40,7 +40,7 @@ class Config:
             )
 
 
-def average_names(config: Config) -> list[str]:
+def average_names(config: EmaConfig) -> list[str]:
     """Of the averages beside the main one."""
     return [f"{d:g}" for d in config.more] + [power_name(width) for width in config.power]
 
@@ -49,7 +49,7 @@ def power_name(width: float) -> str:
     return f"power-{width:g}"
 
 
-def decay_at(config: Config, n: jax.Array | int) -> jax.Array:
+def decay_at(config: EmaConfig, n: jax.Array | int) -> jax.Array:
     """The decay of update n (the first is n = 1), f32 []."""
     n = jnp.asarray(n, jnp.float32)
     decay = jnp.float32(config.decay)
@@ -76,7 +76,7 @@ def power_weight(gamma: float, n: jax.Array | int) -> jax.Array:
 
 
 def advance(
-    config: Config, main: Any, averages: dict[str, Any], params: Any, n: jax.Array | int
+    config: EmaConfig, main: Any, averages: dict[str, Any], params: Any, n: jax.Array | int
 ) -> tuple[Any, dict[str, Any]]:
     """Both after update n, which led to `params`; the first is n = 1."""
     if config.decay:

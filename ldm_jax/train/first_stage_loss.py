@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from ldm_jax.errors import InputError
 from ldm_jax.keys import key_for
-from ldm_jax.models import autoencoder, latents, perceptual_net, quantizer
+from ldm_jax.models import autoencoder, latents, quantizer
+from ldm_jax.models.frozen import lpips as perceptual_net
 from ldm_jax.train import adversarial
 from ldm_jax.train.gradient import Batch, positions
 from ldm_jax.train.steps import draw_keys
@@ -60,9 +61,9 @@ class AutoencoderLoss:
 class Recipe:
     """Everything that says what a step of a first stage computes, but for its optimizers."""
 
-    model: autoencoder.Config
+    model: autoencoder.AutoencoderConfig
     loss: AutoencoderLoss
-    adversarial: adversarial.Config
+    adversarial: adversarial.AdversarialConfig
     seed: int
     train: str = "all"  # "all" | "decoder": the latents of a finished encoder stay valid
 

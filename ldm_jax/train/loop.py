@@ -27,7 +27,7 @@ from ldm_jax.train.steps import Step
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class LoopConfig:
     """How long a run goes and how often it writes; a resumed run may change all of these."""
 
     num_steps: int
@@ -86,7 +86,7 @@ class _StopRequest:
 
 
 def train(
-    config: Config,
+    config: LoopConfig,
     *,
     workdir: Path,
     name: str,

@@ -26,7 +26,7 @@ EDGE_LAYERS = ("conv_in", "conv_out", "time_in", "adapter")  # first and last: n
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class OptimConfig:
     """The learning rate is what is used: nothing multiplies it by batch or device counts."""
 
     name: str = "adamw"  # "adamw" | "adam" | "adafactor" | "lion" | "muon"
@@ -70,11 +70,11 @@ class Config:
             )
 
 
-def constant(config: Config, num_steps: int) -> optax.Schedule:
+def constant(config: OptimConfig, num_steps: int) -> optax.Schedule:
     return _after_warmup(config, optax.constant_schedule(config.lr))
 
 
-def cosine(config: Config, num_steps: int) -> optax.Schedule:
+def cosine(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Half a cosine from the end of the warm-up to the end of the run.
 
     It comes to `final_lr_fraction` after the last update: with 0 that one still moves.
@@ -85,7 +85,7 @@ def cosine(config: Config, num_steps: int) -> optax.Schedule:
     )
 
 
-def rsqrt(config: Config, num_steps: int) -> optax.Schedule:
+def rsqrt(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """lr / sqrt(1 + n / decay_steps), n counted from the end of the warm-up.
 
     Zhai et al., CVPR 2022 ("Scaling Vision Transformers"), without their cool-down.
@@ -93,7 +93,7 @@ def rsqrt(config: Config, num_steps: int) -> optax.Schedule:
     return _after_warmup(config, lambda n: config.lr / jnp.sqrt(1 + n / config.decay_steps))
 
 
-def edm2(config: Config, num_steps: int) -> optax.Schedule:
+def edm2(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """lr / sqrt(max(n / decay_steps, 1)) times the ramp, both counted from the start.
 
     Karras et al., CVPR 2024 ("Analyzing and Improving the Training Dynamics of Diffusion Models");
@@ -108,7 +108,7 @@ def edm2(config: Config, num_steps: int) -> optax.Schedule:
     return rate
 
 
-SCHEDULES: dict[str, Callable[[Config, int], optax.Schedule]] = {
+SCHEDULES: dict[str, Callable[[OptimConfig, int], optax.Schedule]] = {
     "constant": constant,
     "cosine": cosine,
     "rsqrt": rsqrt,
@@ -116,7 +116,7 @@ SCHEDULES: dict[str, Callable[[Config, int], optax.Schedule]] = {
 }
 
 
-def _after_warmup(config: Config, main: optax.Schedule) -> optax.Schedule:
+def _after_warmup(config: OptimConfig, main: optax.Schedule) -> optax.Schedule:
     if not config.warmup_steps:
         return main
     warmup = optax.linear_schedule(0.0, config.lr, config.warmup_steps)
@@ -124,7 +124,7 @@ def _after_warmup(config: Config, main: optax.Schedule) -> optax.Schedule:
     return optax.join_schedules([lambda n: warmup(n + 1), main], [config.warmup_steps])
 
 
-def learning_rate(config: Config, num_steps: int) -> optax.Schedule:
+def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """The learning rate as a function of the number of updates done."""
     return SCHEDULES[config.schedule](config, num_steps)
 
@@ -150,7 +150,7 @@ def muon_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def _adamw(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+def _adamw(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     mask = MASKS[config.weight_decay_mask]
     return optax.adamw(
         rate,
@@ -162,16 +162,16 @@ def _adamw(config: Config, rate: optax.Schedule) -> optax.GradientTransformation
     )
 
 
-def _adam(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+def _adam(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.adam(rate, b1=config.b1, b2=config.b2, eps=config.eps)
 
 
-def _lion(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+def _lion(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     mask = MASKS[config.weight_decay_mask]
     return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=mask)
 
 
-def _adafactor(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+def _adafactor(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     """Absolute steps, so that AdamW's learning rate is about right; factored from 128 x 128 on."""
     decay = lambda n: config.weight_decay * rate(n)  # noqa: E731  optax's own is not times the rate
     return optax.adafactor(
@@ -183,7 +183,7 @@ def _adafactor(config: Config, rate: optax.Schedule) -> optax.GradientTransforma
     )
 
 
-def _muon(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
+def _muon(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
     # optax's muon would give the rest to AdamW with Nesterov's momentum: another update.
     matrices = optax.contrib.muon(
         rate,
@@ -198,7 +198,7 @@ def _muon(config: Config, rate: optax.Schedule) -> optax.GradientTransformation:
     return optax.partition({"muon": matrices, "adamw": _adamw(config, rate)}, labels)
 
 
-OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adam": _adam,
     "adafactor": _adafactor,
@@ -207,7 +207,7 @@ OPTIMIZERS: dict[str, Callable[[Config, optax.Schedule], optax.GradientTransform
 }
 
 
-def make_optimizer(config: Config, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
     """Clipping, then the optimizer with decoupled weight decay.
 
     The state is made of trees like the parameters, so it is sharded as they are; Adafactor's row

@@ -70,7 +70,7 @@ def denoiser_draws(
 
 
 def denoiser_losses(
-    config: denoiser.Config,
+    config: denoiser.DenoiserConfig,
     loss: DenoiserLoss,
     process: Process,
     whitening: latents.Whitening,
@@ -136,7 +136,7 @@ def make_step(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     learning_rate: optax.Schedule,
-    ema: ema_lib.Config,
+    ema: ema_lib.EmaConfig,
     mesh: Mesh,
     shardings: TrainState,
     accumulate: int = 1,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax.data.images import Config, open_images
+from ldm_jax.data.images import ImagesConfig, open_images
 from ldm_jax.errors import InputError
 
 
@@ -14,7 +14,7 @@ def paint(path, value):
 
 
 def opened(root, split="train", fraction=0.0):
-    config = Config("folder", str(root), resolution=8, held_out_fraction=fraction)
+    config = ImagesConfig("folder", str(root), resolution=8, held_out_fraction=fraction)
     return open_images(config, split, augment=False)
 
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.data import pixels
-from ldm_jax.data.images import SOURCES, Config, open_images
+from ldm_jax.data.images import SOURCES, ImagesConfig, open_images
 from ldm_jax.data.order import Order
 from ldm_jax.data.stream import batches
 from ldm_jax.errors import InputError
@@ -35,12 +35,12 @@ def photos(tmp_path_factory):
 
 
 def wide(photos, **options):
-    config = Config("folder", str(photos), resolution=8, held_out_fraction=0.0, **options)
+    config = ImagesConfig("folder", str(photos), resolution=8, held_out_fraction=0.0, **options)
     return open_images(config, "train", augment=True, seed=3)
 
 
 def test_digits_splits_are_disjoint_stratified_and_complete():
-    config = Config(held_out_fraction=1 / 6, resolution=8)
+    config = ImagesConfig(held_out_fraction=1 / 6, resolution=8)
     train, held_out = (open_images(config, s, augment=False) for s in ("train", "held_out"))
     assert len(train) + len(held_out) == 1797 and len(held_out) == 299
     a, b = (s.read(np.arange(len(s)), np.arange(len(s))) for s in (train, held_out))
@@ -55,7 +55,7 @@ def test_digits_splits_are_disjoint_stratified_and_complete():
 
 
 def test_digits_are_grey_squares_with_their_labels_when_enlarged():
-    images = open_images(Config(), "train", augment=False)
+    images = open_images(ImagesConfig(), "train", augment=False)
     batch = images.read(np.arange(16), np.arange(16))
     assert batch["image"].shape == (16, 32, 32, 3) and batch["image"].dtype == np.uint8
     assert (batch["image"][..., 0] == batch["image"][..., 2]).all()
@@ -104,7 +104,9 @@ def test_random_crop_reaches_both_ends_and_centre_crop_the_middle(photos):
     np.testing.assert_array_equal(np.asarray(high), np.asarray(Image.open(path))[:, :10])
     middle = pixels.square(Image.open(path), 10, "box")
     np.testing.assert_array_equal(np.asarray(middle), np.asarray(Image.open(path))[:, 7:17])
-    config = Config("folder", str(photos), resolution=10, crop="random", held_out_fraction=0.0)
+    config = ImagesConfig(
+        "folder", str(photos), resolution=10, crop="random", held_out_fraction=0.0
+    )
     images = open_images(config, "train", augment=True)
     whole = np.asarray(Image.open(path))
     found = set()
@@ -115,7 +117,7 @@ def test_random_crop_reaches_both_ends_and_centre_crop_the_middle(photos):
 
 
 def test_without_augment_nothing_is_random(photos):
-    config = Config("folder", str(photos), resolution=8, crop="random", flip=True)
+    config = ImagesConfig("folder", str(photos), resolution=8, crop="random", flip=True)
     images = open_images(config, "train", augment=False)
     n = len(images)
     a = images.read(np.arange(n), np.arange(n))["image"]
@@ -179,7 +181,7 @@ def test_decode_names_a_corrupt_image(data):
 
 def test_fingerprint_follows_the_files_and_the_recipe_and_not_the_place(photos, tmp_path):
     def print_of(root, **options):
-        config = Config("folder", str(root), **{"resolution": 8, **options})
+        config = ImagesConfig("folder", str(root), **{"resolution": 8, **options})
         return open_images(config, "train", augment=False).fingerprint()
 
     copy = tmp_path / "elsewhere"
@@ -204,14 +206,14 @@ def test_fingerprint_follows_the_files_and_the_recipe_and_not_the_place(photos, 
 )
 def test_config_refuses_values_it_does_not_know(options, message):
     with pytest.raises(InputError, match=message):
-        Config(**options)
+        ImagesConfig(**options)
 
 
 def test_open_images_refuses_an_unknown_or_empty_split():
     with pytest.raises(InputError, match=r"split 'test' is unknown"):
-        open_images(Config(), "test", augment=False)
+        open_images(ImagesConfig(), "test", augment=False)
     with pytest.raises(InputError, match=r"held_out split of digits .*empty.*held_out_fraction 0"):
-        open_images(Config(held_out_fraction=0.0), "held_out", augment=False)
+        open_images(ImagesConfig(held_out_fraction=0.0), "held_out", augment=False)
 
 
 def test_every_source_is_named_in_the_config():

@@ -5,12 +5,12 @@ import pytest
 from PIL import Image
 
 from ldm_jax.data import photographs
-from ldm_jax.data.images import Config, open_images
+from ldm_jax.data.images import ImagesConfig, open_images
 from ldm_jax.errors import InputError
 
 
 def opened(split="train", augment=False, seed=0, **options):
-    config = Config("photographs", **{"resolution": 32, **options})
+    config = ImagesConfig("photographs", **{"resolution": 32, **options})
     return open_images(config, split, augment=augment, seed=seed)
 
 

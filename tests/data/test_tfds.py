@@ -5,7 +5,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from ldm_jax.data.images import Config, open_images
+from ldm_jax.data.images import ImagesConfig, open_images
 from ldm_jax.errors import InputError
 
 
@@ -48,7 +48,7 @@ def prepared(tmp_path_factory):
 
 def opened(path, split="train", **options):
     options = {"name": "ldm_shapes", "held_out_split": "test", "resolution": 8, **options}
-    return open_images(Config("tfds", path, **options), split, augment=False)
+    return open_images(ImagesConfig("tfds", path, **options), split, augment=False)
 
 
 def test_tfds_gives_images_labels_and_captions(prepared):

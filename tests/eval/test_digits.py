@@ -9,7 +9,7 @@ from ldm_jax.eval import digits
 from ldm_jax.eval.frechet import Moments, distance
 from ldm_jax.models import classifier
 
-SMALL = classifier.Config(resolution=12, num_classes=3, width=4, feature_dim=8)
+SMALL = classifier.ClassifierConfig(resolution=12, num_classes=3, width=4, feature_dim=8)
 
 
 def toy(n=60, seed=0):

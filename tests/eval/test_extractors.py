@@ -15,12 +15,12 @@ from ldm_jax.errors import InputError
 from ldm_jax.eval.extractors import EXTRACTORS
 from ldm_jax.eval.resize import RESIZES
 from ldm_jax.interop import pretrained
-from ldm_jax.models import clip, dinov2, inception, vgg
+from ldm_jax.models.frozen import clip, dinov2, inception, vgg
 from tests import frozen
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "extractors.json"
-CLIP = clip.Config(clip.Tower(8, 2, 2), clip.Tower(8, 2, 2), 8, 4, 6, vocabulary=11, context=5)
-DINO = dinov2.Config(8, 2, 2, patch=4, grid=3)
+CLIP = clip.ClipConfig(clip.Tower(8, 2, 2), clip.Tower(8, 2, 2), 8, 4, 6, vocabulary=11, context=5)
+DINO = dinov2.DinoConfig(8, 2, 2, patch=4, grid=3)
 
 
 def pictures(side):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import npz
+from ldm_jax import files as npz
 from ldm_jax.errors import InputError
 from ldm_jax.eval import frechet, image_sets, protocol, references
 from ldm_jax.eval.frechet import Moments

@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 
 from ldm_jax.errors import InputError
 from ldm_jax.interop import diffusers
-from ldm_jax.jobs.config_files import build
 from ldm_jax.models import autoencoder
+from ldm_jax.runs.config_files import build
 from tests.interop.test_names import KL, VQ
 
 
@@ -19,15 +19,17 @@ def written(folder, fields):
     return folder
 
 
-@pytest.mark.parametrize("config", [KL, VQ, autoencoder.Config()], ids=["kl", "vq", "default"])
+@pytest.mark.parametrize(
+    "config", [KL, VQ, autoencoder.AutoencoderConfig()], ids=["kl", "vq", "default"]
+)
 def test_a_config_goes_both_ways(tmp_path, config):
     fields = diffusers.read_config(written(tmp_path, diffusers.describe(config)))
-    assert build(autoencoder.Config, diffusers.architecture(fields)) == config
+    assert build(autoencoder.AutoencoderConfig, diffusers.architecture(fields)) == config
 
 
 def test_absent_fields_have_the_defaults_of_diffusers(tmp_path):
     fields = diffusers.read_config(written(tmp_path, {"_class_name": "VQModel"}))
-    config = build(autoencoder.Config, diffusers.architecture(fields))
+    config = build(autoencoder.AutoencoderConfig, diffusers.architecture(fields))
     assert (config.width, config.num_res_blocks, config.resolution) == (64, 1, 32)
     assert (config.z_channels, config.latent_channels) == (3, 3)
     assert config.quantizer.codebook_size == 256
@@ -36,7 +38,7 @@ def test_absent_fields_have_the_defaults_of_diffusers(tmp_path):
 
 def test_attention_is_placed_by_level_whatever_the_resolution(tmp_path):
     fields = diffusers.read_config(written(tmp_path, diffusers.describe(KL)))
-    config = build(autoencoder.Config, diffusers.architecture(fields, resolution=64))
+    config = build(autoencoder.AutoencoderConfig, diffusers.architecture(fields, resolution=64))
     assert (config.resolution, config.attention_resolutions) == (64, (16,))
     assert diffusers.architecture(fields | {"sample_size": 18})["resolution"] == 256
 

@@ -13,7 +13,7 @@ from ldm_jax.interop import names
 from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
 from ldm_jax.models import autoencoder, quantizer
 
-KL = autoencoder.Config(
+KL = autoencoder.AutoencoderConfig(
     resolution=16,
     width=8,
     width_multipliers=(1, 1, 2),
@@ -26,7 +26,7 @@ VQ = dataclasses.replace(
     latent="vq",
     latent_channels=2,
     middle_attention=False,
-    quantizer=quantizer.Config(codebook_size=5),
+    quantizer=quantizer.QuantizerConfig(codebook_size=5),
 )
 CONFIGS = {"kl": KL, "vq": VQ}
 LIBRARIES = {"diffusers": diffusers_names, "CompVis": compvis_names}
@@ -126,6 +126,8 @@ def test_what_diffusers_cannot_express_is_refused(fields, word):
 
 
 def test_a_first_stage_without_weights_is_refused():
-    identity = autoencoder.Config(latent="identity", width_multipliers=(1,), latent_channels=3)
+    identity = autoencoder.AutoencoderConfig(
+        latent="identity", width_multipliers=(1,), latent_channels=3
+    )
     with pytest.raises(InputError, match="no weights"):
         compvis_names(identity)

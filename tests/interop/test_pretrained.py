@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from ldm_jax.errors import InputError
 from ldm_jax.interop import pretrained, published, vit_names
 from ldm_jax.interop.names import flatten
-from ldm_jax.models import clip, dinov2, inception, perceptual_net, vgg
+from ldm_jax.models.frozen import clip, dinov2, inception, vgg
+from ldm_jax.models.frozen import lpips as perceptual_net
 from tests import frozen
 
 
@@ -172,10 +173,10 @@ def test_a_dense_layer_after_a_map_takes_its_rows_in_our_order(narrow):
 def test_a_vision_transformer_with_too_little_or_too_much_is_refused(kind):
     """That each tensor arrives where it belongs is seen in the comparisons with PyTorch."""
     if kind == "clip":
-        config = clip.Config(clip.Tower(8, 2, 2), clip.Tower(4, 2, 2), 8, 4, 6, 16, 5)
+        config = clip.ClipConfig(clip.Tower(8, 2, 2), clip.Tower(4, 2, 2), 8, 4, 6, 16, 5)
         convert, count = vit_names.clip_params, 2 * 2 * 16 + 2 * 4 + 3 + 2
     else:
-        config = dinov2.Config(8, 2, 2, patch=4, grid=3)
+        config = dinov2.DinoConfig(8, 2, 2, patch=4, grid=3)
         convert, count = vit_names.dinov2_params, 2 * 18 + 6
     with pytest.raises(InputError, match=f"{count} missing.*1 unknown: stranger"):
         convert(config, {"stranger": np.zeros(1, np.float32)})

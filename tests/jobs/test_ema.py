@@ -9,12 +9,15 @@ import pytest
 
 from ldm_jax import cli
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import ema, sample, train_denoiser
+from ldm_jax.jobs import ema, train_denoiser
 from ldm_jax.models import denoiser
+from ldm_jax.runs.denoiser import load_model
+from ldm_jax.runs.workdir import check_trainable
+from ldm_jax.sampling.draw import draw_images
+from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, abstract_params, host_array, make_mesh
 from ldm_jax.train.checkpoint import load_weights
 from ldm_jax.train.power_ema import coefficients
-from ldm_jax.train.run_dir import check_trainable
 from ldm_jax.train.snapshots import Snapshots
 from tests import tiny
 
@@ -79,10 +82,10 @@ def test_what_it_writes_is_a_run_to_sample_from_and_not_to_train(workdir, capsys
     told = capsys.readouterr()
     out = workdir / "ema" / "width-0.1-step3"
     assert told.out.strip() == str(out) and "off by 0.000 %" in told.err
-    settings = sample.Settings(num=8, steps=2)
-    model = sample.load_model(out, settings)
+    settings = SampleOptions(num=8, steps=2)
+    model = load_model(out, settings.which)
     assert (model.which, model.step) == ("params", 3)
-    assert sample.sample(model, settings)[0].shape == (8, 8, 8, 3)
+    assert draw_images(model, settings)[0].shape == (8, 8, 8, 3)
     with pytest.raises(InputError, match="cannot be trained further"):
         check_trainable(out)
     with pytest.raises(InputError, match="is not empty"):
@@ -91,12 +94,12 @@ def test_what_it_writes_is_a_run_to_sample_from_and_not_to_train(workdir, capsys
 
 def test_every_average_is_weights_to_sample_from(workdir, like):
     for which in ("ema-0.9", "ema-power-0.1"):
-        model = sample.load_model(workdir, sample.Settings(weights=which))
+        model = load_model(workdir, SampleOptions(weights=which).which)
         want = load_weights(workdir, like, which=which)
         assert model.which == want.which == which
         jax.tree.map(np.testing.assert_array_equal, host(model.params), host(want.params))
     with pytest.raises(InputError, match=r"no weights 'ema-0\.8' at step 6; it has \['ema', 'ema-"):
-        sample.load_model(workdir, sample.Settings(weights="ema-0.8"))
+        load_model(workdir, SampleOptions(weights="ema-0.8").which)
 
 
 @pytest.mark.parametrize(

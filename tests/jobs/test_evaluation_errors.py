@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from ldm_jax import cli
-from ldm_jax.jobs import evaluate, image_reference
-from tests.jobs.judged import digits
+from ldm_jax.eval import measure as image_reference
+from ldm_jax.jobs import evaluate
 from tests.jobs.test_errors import contents, refused
+from tests.judged import digits
 
 RANDOM = "--extractor=random-conv"
 

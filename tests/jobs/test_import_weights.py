@@ -13,8 +13,8 @@ from ldm_jax.interop import diffusers
 from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
 from ldm_jax.interop.names import to_ours, to_theirs
 from ldm_jax.jobs import train_autoencoder
-from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.models import quantizer
+from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh
 from ldm_jax.train.checkpoint import load_weights
 from tests import tiny
@@ -23,7 +23,7 @@ from tests.jobs.test_errors import contents, refused
 
 KL = tiny.AUTOENCODER.model
 VQ = dataclasses.replace(
-    KL, latent="vq", z_channels=3, quantizer=quantizer.Config(codebook_size=16)
+    KL, latent="vq", z_channels=3, quantizer=quantizer.QuantizerConfig(codebook_size=16)
 )
 NOTES = {"scaling_factor": 0.5, "sample_size": 8, "force_upcast": True}
 DIGITS = ["--config.images.source=digits", "--config.images.held_out_fraction=0.9"]

@@ -10,11 +10,14 @@ import pytest
 
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import sample, train_denoiser
+from ldm_jax.jobs import train_denoiser
+from ldm_jax.runs.denoiser import load_model
+from ldm_jax.sampling.draw import draw_images
+from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.train.checkpoint import Checkpoints
 from tests import tiny
 
-ONE = sample.Settings(num=8, steps=4, guidance=2.0, sampler="ddpm")
+ONE = SampleOptions(num=8, steps=4, guidance=2.0, sampler="ddpm")
 
 
 def settings(first_stage):
@@ -55,13 +58,13 @@ def test_what_is_learned_beside_the_denoiser_resumes_bit_for_bit(first_stage, tr
 
 
 def test_ddpm_draws_with_the_variance(trained):
-    model = sample.load_model(trained[0], ONE)
+    model = load_model(trained[0], ONE.which)
     bias = model.params["backbone"]["conv_out"]["bias"]
     wider = bias + jnp.array([0.0, 0.0, 1.0, 1.0])
     backbone = {**model.params["backbone"]}
     backbone["conv_out"] = {**backbone["conv_out"], "bias": wider}
     other = dataclasses.replace(model, params={**model.params, "backbone": backbone})
-    assert not np.array_equal(*(sample.sample(m, ONE)[0] for m in (model, other)))
+    assert not np.array_equal(*(draw_images(m, ONE)[0] for m in (model, other)))
 
 
 def test_sizes_that_do_not_fit_learned_variances_are_refused(first_stage, tmp_path):

@@ -10,8 +10,8 @@ from ldm_jax import cli
 from ldm_jax.data import pixels
 from ldm_jax.eval.reconstruction import psnr, ssim
 from ldm_jax.jobs import reconstruct
-from ldm_jax.jobs.first_stage import load_first_stage
-from ldm_jax.jobs.first_stage_evaluation import reconstruct as through
+from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.reconstruction import reconstruct as through
 from ldm_jax.sharding import MeshConfig, make_mesh
 from tests.jobs.test_errors import contents, refused
 

@@ -13,10 +13,13 @@ from ldm_jax.errors import InputError
 from ldm_jax.eval.images_out import load_npz
 from ldm_jax.jobs import sample, train_denoiser
 from ldm_jax.models import autoencoder
+from ldm_jax.runs.denoiser import load_model
+from ldm_jax.sampling.draw import draw_images
+from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig
 from tests import tiny
 
-ONE = sample.Settings(num=8, steps=4, guidance=2.0, eta=0.5)
+ONE = SampleOptions(num=8, steps=4, guidance=2.0, eta=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +32,19 @@ def workdir(first_stage, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(workdir):
-    return sample.load_model(workdir, ONE)
+    return load_model(workdir, ONE.which)
 
 
 @pytest.fixture(scope="module")
 def reference(model):
-    return sample.sample(model, ONE)
+    return draw_images(model, ONE)
 
 
 def latents_of(monkeypatch, model, settings):
     """What the sampler hands to the decoder, f32 [num,h,w,C], before rounding hides it."""
     monkeypatch.setattr(autoencoder, "to_uint8", lambda x: x)
     monkeypatch.setattr(autoencoder, "decode", lambda config, params, z: z)
-    return sample.sample(model, settings)[0]
+    return draw_images(model, settings)[0]
 
 
 def test_samples_do_not_depend_on_batch_size_or_number(model, monkeypatch):
@@ -54,7 +57,7 @@ def test_samples_do_not_depend_on_batch_size_or_number(model, monkeypatch):
 def test_samples_do_not_depend_on_the_mesh(workdir, model, monkeypatch):
     want = latents_of(monkeypatch, model, dataclasses.replace(ONE, batch_size=8))
     for mesh in (MeshConfig(2, 4, 1), MeshConfig(2, 2, 2)):
-        other = sample.load_model(workdir, ONE, mesh)
+        other = load_model(workdir, ONE.which, mesh)
         got = latents_of(monkeypatch, other, dataclasses.replace(ONE, batch_size=8))
         np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -69,7 +72,7 @@ def test_seed_class_and_guidance_change_samples(model, reference, monkeypatch):
 def test_classes_go_in_turn(model, reference):
     assert reference[1].tolist() == list(range(8))
     settings = dataclasses.replace(ONE, classes=(3, 5), num=5)
-    assert sample.sample(model, settings)[1].tolist() == [3, 5, 3, 5, 3]
+    assert draw_images(model, settings)[1].tolist() == [3, 5, 3, 5, 3]
 
 
 def test_noise_of_a_file_is_used(model, tmp_path, monkeypatch):
@@ -93,7 +96,7 @@ def test_a_file_that_is_no_noise_is_refused(model, tmp_path):
     faults |= {"shape.npy": r"shape \(8, 4, 4, 2\)", "empty.npy": "cannot be read"}
     for name, words in faults.items():
         with pytest.raises(InputError, match=words):
-            sample.sample(model, dataclasses.replace(ONE, noise=str(tmp_path / name)))
+            draw_images(model, dataclasses.replace(ONE, noise=str(tmp_path / name)))
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(workdir, tmp_path, monkeypatch):
@@ -105,7 +108,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(workdir, tmp_path, mo
 
 def test_the_average_is_what_samples_are_drawn_from(workdir, model):
     assert model.which == "ema"
-    raw = sample.load_model(workdir, dataclasses.replace(ONE, weights="params"))
+    raw = load_model(workdir, dataclasses.replace(ONE, weights="params").which)
     different = jax.tree.map(lambda a, b: not np.array_equal(a, b), model.params, raw.params)
     assert any(jax.tree.leaves(different))
 
@@ -121,7 +124,7 @@ def test_files_have_the_layout_of_adm(workdir, reference):
 
 
 def test_a_run_guides_itself_by_its_other_weights(workdir, model):
-    led = sample.load_model(workdir, dataclasses.replace(ONE, step=3, guide_weights="params"))
+    led = load_model(workdir, dataclasses.replace(ONE, step=3, guide_weights="params").which)
     assert (led.guide.step, led.guide.which, led.step, led.which) == (3, "params", 3, "ema")
     same = jax.tree.map(np.array_equal, led.params, led.guide.params)
     assert model.guide is None and not all(jax.tree.leaves(same))
@@ -148,7 +151,7 @@ def test_a_guide_that_does_not_fit_is_refused(workdir, tmp_path, change, record,
     (tmp_path / "run.json").write_text(json.dumps(other))
     change = change or {"guide_workdir": str(tmp_path)}
     with pytest.raises(InputError, match=words):
-        sample.load_model(workdir, dataclasses.replace(ONE, **change))
+        load_model(workdir, dataclasses.replace(ONE, **change).which)
 
 
 def test_every_flag_at_once(workdir, reference, tmp_path, capsys):
@@ -197,4 +200,4 @@ def test_every_flag_at_once(workdir, reference, tmp_path, capsys):
 )
 def test_bad_settings_are_refused(model, change, words):
     with pytest.raises(InputError, match=words.replace(".", r"\.")):
-        sample.sample(model, dataclasses.replace(ONE, **change))
+        draw_images(model, dataclasses.replace(ONE, **change))

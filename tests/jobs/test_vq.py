@@ -8,9 +8,12 @@ import pytest
 
 from ldm_jax.data import latent_cache
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import cache_latents, evaluate, sample, train_autoencoder, train_denoiser
-from ldm_jax.jobs.first_stage import load_first_stage
+from ldm_jax.jobs import cache_latents, evaluate, train_autoencoder, train_denoiser
 from ldm_jax.models import quantizer
+from ldm_jax.runs.denoiser import load_model
+from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.sampling.draw import draw_images
+from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh
 from ldm_jax.train import adversarial, optim
 from tests import tiny
@@ -22,9 +25,9 @@ VQ = dataclasses.replace(
         tiny.AUTOENCODER.model,
         latent="vq",
         middle_attention=False,
-        quantizer=quantizer.Config(codebook_size=16, average_decay=0.8, restart_below=1.0),
+        quantizer=quantizer.QuantizerConfig(codebook_size=16, average_decay=0.8, restart_below=1.0),
     ),
-    adversarial=adversarial.Config(),
+    adversarial=adversarial.AdversarialConfig(),
 )
 
 
@@ -32,7 +35,7 @@ VQ = dataclasses.replace(
 def vq(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("vq") / "autoencoder"
     train_autoencoder.run(VQ, workdir)
-    cache_latents.run(workdir, cache_latents.Settings(batch_size=64, pack=8, shard_examples=64))
+    cache_latents.run(workdir, cache_latents.CacheOptions(batch_size=64, pack=8, shard_examples=64))
     return workdir
 
 
@@ -40,7 +43,7 @@ def vq(tmp_path_factory):
 def fine_tuned(vq):
     workdir = vq.with_name("fine-tuned")
     run = dataclasses.replace(
-        VQ, train="decoder", init_from=str(vq), optim=optim.Config(lr=1e-3, weight_decay=0.1)
+        VQ, train="decoder", init_from=str(vq), optim=optim.OptimConfig(lr=1e-3, weight_decay=0.1)
     )
     train_autoencoder.run(run, workdir)
     return workdir
@@ -82,8 +85,8 @@ def test_denoiser_trains_on_them_and_samples_through_the_fine_tuned_decoder(vq, 
         latents=str(vq / "latents"),
     )
     train_denoiser.run(run, workdir)
-    settings = sample.Settings(num=8, steps=2)
-    images, _ = sample.sample(sample.load_model(workdir, settings), settings)
+    settings = SampleOptions(num=8, steps=2)
+    images, _ = draw_images(load_model(workdir, settings.which), settings)
     assert images.shape == (8, 8, 8, 3) and len(np.unique(images)) > 2
 
 
@@ -100,9 +103,13 @@ def test_identity_stage_caches_the_pixels_themselves(tmp_path):
     model = dataclasses.replace(
         tiny.AUTOENCODER.model, latent="identity", width_multipliers=(1,), latent_channels=3
     )
-    run = dataclasses.replace(tiny.AUTOENCODER, model=model, adversarial=adversarial.Config())
+    run = dataclasses.replace(
+        tiny.AUTOENCODER, model=model, adversarial=adversarial.AdversarialConfig()
+    )
     assert train_autoencoder.run(run, tmp_path) is None
-    cache_latents.run(tmp_path, cache_latents.Settings(batch_size=64, pack=8, shard_examples=64))
+    cache_latents.run(
+        tmp_path, cache_latents.CacheOptions(batch_size=64, pack=8, shard_examples=64)
+    )
     cache = latent_cache.open_cache(tmp_path / "latents" / "held_out")
     source = evaluate.images.open_images(run.images, "held_out", augment=False)
     rows = np.arange(16)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.jobs.config_files import load_run
-from ldm_jax.jobs.settings import AutoencoderRun
 from ldm_jax.models import autoencoder
+from ldm_jax.runs.config_files import load_run
+from ldm_jax.runs.settings import AutoencoderRun
 from tests.models.test_layers import (
     np_attend,
     np_conv,
@@ -34,7 +34,7 @@ PUBLISHED = {
 }
 
 # Every kind of layer: two levels with and without attention, blocks that change the width.
-CONFIG = autoencoder.Config(
+CONFIG = autoencoder.AutoencoderConfig(
     resolution=8,
     width=8,
     width_multipliers=(1, 2),
@@ -263,14 +263,14 @@ def test_width_that_does_not_divide_into_groups_is_refused():
     with pytest.raises(
         InputError, match=r"autoencoder: width\(s\) \[48\] must divide by norm_groups"
     ):
-        autoencoder.Config(width=48, width_multipliers=(1, 2))
+        autoencoder.AutoencoderConfig(width=48, width_multipliers=(1, 2))
 
 
 def test_resolution_that_does_not_divide_by_the_factor_is_refused():
     with pytest.raises(
         InputError, match=r"resolution 100 must divide by its downsampling factor 8"
     ):
-        autoencoder.Config(resolution=100)
+        autoencoder.AutoencoderConfig(resolution=100)
 
 
 def test_unknown_compute_dtype_is_refused(params):

@@ -8,7 +8,7 @@ import pytest
 from ldm_jax.errors import InputError
 from ldm_jax.models import classifier
 
-CONFIG = classifier.Config(resolution=12, num_classes=7, width=4, feature_dim=16)
+CONFIG = classifier.ClassifierConfig(resolution=12, num_classes=7, width=4, feature_dim=16)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_axes_name_every_dimension_of_every_parameter(params):
 
 def test_kernels_start_with_the_variance_that_relu_preserves():
     # Of the default size, where the sums are long enough to tell.
-    config = classifier.Config()
+    config = classifier.ClassifierConfig()
     kernel = jax.jit(lambda key: classifier.init(config, key))(jax.random.key(0))["features"][
         "kernel"
     ]
@@ -65,6 +65,6 @@ def test_kernels_start_with_the_variance_that_relu_preserves():
 
 def test_sizes_that_do_not_fit_are_refused(params):
     with pytest.raises(InputError, match="multiple of 4"):
-        classifier.Config(resolution=30)
+        classifier.ClassifierConfig(resolution=30)
     with pytest.raises(InputError, match="resize"):
         classifier.apply(CONFIG, params, jnp.zeros((1, 16, 16, 3)))

@@ -8,7 +8,7 @@ import pytest
 from ldm_jax.errors import InputError
 from ldm_jax.models import conditioners
 
-CLASS = conditioners.Config(kind="class", num_classes=7, context_dim=6)
+CLASS = conditioners.ConditionerConfig(kind="class", num_classes=7, context_dim=6)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def test_null_condition_is_the_token_after_the_last_class(params):
 
 
 def test_rows_start_standard_normal():
-    config = conditioners.Config(kind="class", num_classes=1000, context_dim=64)
+    config = conditioners.ConditionerConfig(kind="class", num_classes=1000, context_dim=64)
     rows = conditioners.init(config, jax.random.key(0))["embedding"]
     assert rows.shape == (1001, 64)
     assert abs(float(rows.mean())) < 5 / rows.size**0.5
@@ -40,7 +40,7 @@ def test_rows_start_standard_normal():
 
 
 def test_unconditional_model_has_no_parameters_context_or_condition():
-    config = conditioners.Config()
+    config = conditioners.ConditionerConfig()
     assert conditioners.init(config, jax.random.key(0)) == {} == conditioners.axes(config)
     assert conditioners.apply(config, {}, {}) is None
     assert conditioners.null(config, 4) == {}
@@ -56,6 +56,6 @@ def test_axes_name_every_dimension(params):
 
 def test_configurations_that_make_no_sense_are_refused():
     with pytest.raises(InputError, match=r"conditioner 'clas' is unknown; choose one of .*'class'"):
-        conditioners.Config(kind="clas")
+        conditioners.ConditionerConfig(kind="clas")
     with pytest.raises(InputError, match=r"num_classes 0 must be positive for the class"):
-        conditioners.Config(kind="class")
+        conditioners.ConditionerConfig(kind="class")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.jobs.config_files import load_run
-from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.models import conditioners, denoiser
+from ldm_jax.runs.config_files import load_run
+from ldm_jax.runs.settings import DenoiserRun
 from tests import tiny
 from tests.models.test_autoencoder import variants
 from tests.models.test_layers import normal, random_parameters
@@ -89,11 +89,11 @@ def test_dropping_a_condition_of_any_rank_drops_whole_rows(monkeypatch):
 
 def test_condition_names_are_what_a_batch_must_hold():
     assert denoiser.condition_names(CONFIG) == ("label",)
-    assert denoiser.condition_names(denoiser.Config()) == ()
+    assert denoiser.condition_names(denoiser.DenoiserConfig()) == ()
 
 
 def test_model_without_a_condition_has_no_cross_attention_and_needs_none():
-    config = dataclasses.replace(CONFIG, conditioner=conditioners.Config())
+    config = dataclasses.replace(CONFIG, conditioner=conditioners.ConditionerConfig())
     assert (config.context_dim, CONFIG.context_dim) == (0, 8)
     shapes = jax.eval_shape(lambda: denoiser.init(config, jax.random.key(0)))
     assert shapes["conditioner"] == {}

@@ -11,7 +11,9 @@ from ldm_jax.models import discriminator
 from ldm_jax.sharding import MeshConfig, batch_sharding, make_mesh, use_mesh
 
 CONFIGS = {
-    norm: discriminator.Config(width=4, num_layers=2, norm=norm, compute_dtype="float32")
+    norm: discriminator.DiscriminatorConfig(
+        width=4, num_layers=2, norm=norm, compute_dtype="float32"
+    )
     for norm in discriminator.NORMS
 }
 X = np.tanh(np.random.default_rng(0).standard_normal((8, 16, 16, 3), np.float32))
@@ -42,18 +44,18 @@ def started():
 
 @pytest.mark.parametrize(("num_layers", "count"), [(3, 2_765_633), (2, 663_361)])
 def test_parameter_counts_are_the_published_ones(num_layers, count):
-    ours = shapes(discriminator.Config(num_layers=num_layers))
+    ours = shapes(discriminator.DiscriminatorConfig(num_layers=num_layers))
     assert sum(leaf.size for leaf in jax.tree.leaves(ours)) == count
 
 
 def test_widths_stop_doubling_at_eightfold():
-    ours = shapes(discriminator.Config(num_layers=5))
+    ours = shapes(discriminator.DiscriminatorConfig(num_layers=5))
     widths = [ours[f"conv{i}"]["kernel"].shape[-1] for i in range(6)]
     assert widths == [64, 128, 256, 512, 512, 512]
 
 
 def test_every_parameter_starts_from_its_published_law():
-    ours = jax.tree.map(np.asarray, drawn(discriminator.Config(num_layers=2)))
+    ours = jax.tree.map(np.asarray, drawn(discriminator.DiscriminatorConfig(num_layers=2)))
     for name, p in ours.items():
         kernel = p["kernel"]
         tolerance = 4 / kernel.size**0.5  # four standard errors
@@ -88,7 +90,7 @@ def test_axes_name_every_dimension(norm):
 @pytest.mark.parametrize(("num_layers", "sees"), [(2, 34), (3, 70)])
 def test_a_logit_sees_as_many_pixels_as_published(num_layers, sees):
     """Without norms, the gradient of one logit lies on a square of the image and fills it."""
-    config = discriminator.Config(width=2, num_layers=num_layers, norm="none")
+    config = discriminator.DiscriminatorConfig(width=2, num_layers=num_layers, norm="none")
     # Positive weights and activations, so that no path is cut and none cancels.
     ours = jax.tree.map(lambda s: np.full(s.shape, 0.01, np.float32), shapes(config))
     side = 96
@@ -190,4 +192,4 @@ def _conv(x, kernel, stride):
 @pytest.mark.parametrize("fields", [dict(norm="layer"), dict(width=0), dict(num_layers=0)])
 def test_a_configuration_that_cannot_be_is_refused(fields):
     with pytest.raises(InputError, match=next(iter(fields))):
-        discriminator.Config(**fields)
+        discriminator.DiscriminatorConfig(**fields)

@@ -71,7 +71,7 @@ LOSSES = {  # (weight of the commitment, weight of the codebook's term)
 
 @pytest.mark.parametrize(("fields", "commitment", "of_codes"), LOSSES.values(), ids=LOSSES)
 def test_loss_and_its_gradients_are_the_closed_form(fields, commitment, of_codes):
-    config = quantizer.Config(codebook_size=N, beta=0.3, **fields)
+    config = quantizer.QuantizerConfig(codebook_size=N, beta=0.3, **fields)
 
     def loss(z, codebook):
         return quantizer.loss(config, z, quantizer.quantize(codebook, z)[0])
@@ -105,9 +105,9 @@ def upkeep(config):
     return jax.jit(functools.partial(quantizer.upkeep, config))
 
 
-AVERAGE = quantizer.Config(codebook_size=N, average_decay=0.9)
-RESTART = quantizer.Config(codebook_size=N, restart_below=0.5)
-BOTH = quantizer.Config(codebook_size=N, average_decay=0.9, restart_below=0.5)
+AVERAGE = quantizer.QuantizerConfig(codebook_size=N, average_decay=0.9)
+RESTART = quantizer.QuantizerConfig(codebook_size=N, restart_below=0.5)
+BOTH = quantizer.QuantizerConfig(codebook_size=N, average_decay=0.9, restart_below=0.5)
 
 
 def test_moving_average_is_the_closed_form():
@@ -186,7 +186,7 @@ def test_a_restarted_code_that_nothing_uses_is_given_time():
 def test_a_sharded_batch_gives_what_one_device_gives():
     mesh = make_mesh(MeshConfig(data=4, fsdp=2))
     whole = NamedSharding(mesh, PartitionSpec())
-    config = quantizer.Config(codebook_size=N, average_decay=0.9, restart_below=1.0)
+    config = quantizer.QuantizerConfig(codebook_size=N, average_decay=0.9, restart_below=1.0)
 
     def step(codebook, carried, z, key):
         z_q, indices = quantizer.quantize(codebook, z)
@@ -216,4 +216,4 @@ def test_a_sharded_batch_gives_what_one_device_gives():
 )
 def test_a_configuration_that_cannot_be_is_refused(fields):
     with pytest.raises(InputError, match=next(iter(fields))):
-        quantizer.Config(**fields)
+        quantizer.QuantizerConfig(**fields)

@@ -82,7 +82,7 @@ def shapes_of(config, context_dim=0):
 
 
 # Released models that are no presets of ours (yet): the options that the presets leave alone.
-SD_V1 = unet.Config(
+SD_V1 = unet.UNetConfig(
     in_channels=4,
     out_channels=4,
     width=320,
@@ -90,7 +90,7 @@ SD_V1 = unet.Config(
     attention_factors=(4, 2, 1),
     num_heads=8,
 )
-CHURCHES = unet.Config(
+CHURCHES = unet.UNetConfig(
     in_channels=4,
     out_channels=4,
     width=192,
@@ -113,7 +113,7 @@ def test_released_models_have_their_published_size(config, context_dim, paramete
 
 
 # Small, with every kind of layer: `CROSS` attends to a context, `PLAIN` has churches' options.
-CROSS = unet.Config(
+CROSS = unet.UNetConfig(
     in_channels=2,
     out_channels=3,
     width=8,

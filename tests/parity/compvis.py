@@ -59,7 +59,9 @@ class Resample(nn.Module):
 class Half(nn.Module):
     """An encoder or a decoder; its levels count from the finest in both."""
 
-    def __init__(self, config: autoencoder.Config, channels_in, channels_out, *, encoder):
+    def __init__(
+        self, config: autoencoder.AutoencoderConfig, channels_in, channels_out, *, encoder
+    ):
         super().__init__()
         widths = [config.width * m for m in config.width_multipliers]
         self.order = list(enumerate(widths)) if encoder else list(enumerate(widths))[::-1]
@@ -106,7 +108,7 @@ class Half(nn.Module):
 
 
 class FirstStage(nn.Module):
-    def __init__(self, config: autoencoder.Config):
+    def __init__(self, config: autoencoder.AutoencoderConfig):
         super().__init__()
         gaussian = 2 if config.latent == "kl" else 1
         z, c = config.z_channels, config.latent_channels

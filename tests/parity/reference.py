@@ -29,7 +29,7 @@ CARRIERS = (".conv_shortcut.", "samplers.0.conv.", ".proj_out.")
 SHARP = (".to_q.", ".to_k.")  # else attention is uniform, and nothing in it is seen
 
 
-def first_stage(config: autoencoder.Config) -> torch.nn.Module:
+def first_stage(config: autoencoder.AutoencoderConfig) -> torch.nn.Module:
     """The AutoencoderKL or VQModel of the same architecture."""
     levels = range(len(config.width_multipliers))
     attends = [config.resolution // 2**i in config.attention_resolutions for i in levels]
@@ -54,7 +54,7 @@ def first_stage(config: autoencoder.Config) -> torch.nn.Module:
     )
 
 
-def conditional_unet(config: unet.Config, context_dim: int) -> torch.nn.Module:
+def conditional_unet(config: unet.UNetConfig, context_dim: int) -> torch.nn.Module:
     """The UNet2DConditionModel of the same architecture; its attention_head_dim counts heads."""
     widths = [config.width * m for m in config.width_multipliers]
     attends = [2**i in config.attention_factors for i in range(len(widths))]
@@ -79,7 +79,7 @@ def conditional_unet(config: unet.Config, context_dim: int) -> torch.nn.Module:
     )
 
 
-def unconditional_unet(config: unet.Config) -> torch.nn.Module:
+def unconditional_unet(config: unet.UNetConfig) -> torch.nn.Module:
     """The UNet2DModel of the same architecture; its attention_head_dim is a width."""
     widths = [config.width * m for m in config.width_multipliers]
     attends = [2**i in config.attention_factors for i in range(len(widths))]

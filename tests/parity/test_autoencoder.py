@@ -15,12 +15,12 @@ from tests.parity import reference
 
 pytestmark = pytest.mark.parity
 
-SMALL = autoencoder.Config(
+SMALL = autoencoder.AutoencoderConfig(
     resolution=32,
     width=8,
     num_res_blocks=2,
     norm_groups=4,
-    quantizer=quantizer.Config(codebook_size=64),
+    quantizer=quantizer.QuantizerConfig(codebook_size=64),
     compute_dtype="float32",
 )
 VQ = dict(latent="vq", num_res_blocks=1)

@@ -17,7 +17,7 @@ from tests.parity import reference
 pytestmark = pytest.mark.parity
 
 CONFIGS = {
-    f"{norm}, {num_layers} layers": discriminator.Config(
+    f"{norm}, {num_layers} layers": discriminator.DiscriminatorConfig(
         width=8, num_layers=num_layers, norm=norm, compute_dtype="float32"
     )
     for norm in discriminator.NORMS

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.parity
 
 SIDE, SEED, STEP = 32, 3, 5
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), np.uint8)
-MODEL = autoencoder.Config(
+MODEL = autoencoder.AutoencoderConfig(
     resolution=SIDE,
     width=8,
     width_multipliers=(1, 2),
@@ -35,19 +35,21 @@ MODEL = autoencoder.Config(
     norm_groups=4,
     compute_dtype="float32",
 )
-VQ = dataclasses.replace(MODEL, latent="vq", quantizer=quantizer.Config(codebook_size=32))
-NETWORK = discriminator.Config(width=8, num_layers=2, compute_dtype="float32")
+VQ = dataclasses.replace(MODEL, latent="vq", quantizer=quantizer.QuantizerConfig(codebook_size=32))
+NETWORK = discriminator.DiscriminatorConfig(width=8, num_layers=2, compute_dtype="float32")
 RECIPES = {
     "kl": Recipe(
         MODEL,
         AutoencoderLoss(),
-        adversarial.Config(weight=0.5, start=STEP, discriminator=NETWORK),
+        adversarial.AdversarialConfig(weight=0.5, start=STEP, discriminator=NETWORK),
         SEED,
     ),
     "vq": Recipe(
         VQ,
         AutoencoderLoss(reduction="mean"),
-        adversarial.Config(weight=0.75, start=STEP, loss="vanilla", discriminator=NETWORK),
+        adversarial.AdversarialConfig(
+            weight=0.75, start=STEP, loss="vanilla", discriminator=NETWORK
+        ),
         SEED,
     ),
 }

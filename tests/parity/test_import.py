@@ -15,8 +15,8 @@ from ldm_jax.errors import InputError
 from ldm_jax.interop import compvis as compvis_files
 from ldm_jax.interop import torch_file
 from ldm_jax.jobs import export_weights, import_weights
-from ldm_jax.jobs.first_stage import load_first_stage
 from ldm_jax.models import autoencoder
+from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.sharding import MeshConfig, make_mesh
 from tests import tiny
 from tests.parity import compvis, reference

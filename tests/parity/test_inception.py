@@ -15,7 +15,7 @@ from PIL import Image
 from ldm_jax.eval import resize
 from ldm_jax.eval.extractors import EXTRACTORS
 from ldm_jax.interop import pretrained
-from ldm_jax.models import inception
+from ldm_jax.models.frozen import inception
 from tests import frozen
 from tests.parity import fidelity, reference
 

@@ -16,10 +16,10 @@ START = {"kernel": reference.draw(0, 5, 7), "bias": reference.draw(1, 7)}
 INPUT = reference.draw(2, 16, 5)
 NUM_STEPS = 5
 RECIPES = {
-    "plain": optim.Config(lr=1e-2),
-    "decay, betas, epsilon": optim.Config(lr=1e-2, b1=0.5, b2=0.9, eps=1e-3, weight_decay=0.3),
-    "warm-up": optim.Config(lr=1e-2, warmup_steps=3, weight_decay=0.01),
-    "clipped": optim.Config(lr=1e-2, eps=1e-2, clip_norm=0.05, weight_decay=0.01),
+    "plain": optim.OptimConfig(lr=1e-2),
+    "decay, betas, epsilon": optim.OptimConfig(lr=1e-2, b1=0.5, b2=0.9, eps=1e-3, weight_decay=0.3),
+    "warm-up": optim.OptimConfig(lr=1e-2, warmup_steps=3, weight_decay=0.01),
+    "clipped": optim.OptimConfig(lr=1e-2, eps=1e-2, clip_norm=0.05, weight_decay=0.01),
 }
 
 
@@ -79,5 +79,5 @@ def test_adamw_is_the_reference_step_by_step(config):
 )
 def test_another_recipe_is_caught(fields):
     config = RECIPES["decay, betas, epsilon"]
-    changed = optim.Config(**{**vars(config), **fields})
+    changed = optim.OptimConfig(**{**vars(config), **fields})
     assert largest_difference(changed, config) > 1e-4

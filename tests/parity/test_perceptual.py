@@ -17,7 +17,7 @@ import torch
 from ldm_jax.errors import InputError
 from ldm_jax.interop import pretrained, published
 from ldm_jax.jobs import weights
-from ldm_jax.models import perceptual_net
+from ldm_jax.models.frozen import lpips as perceptual_net
 from tests.parity import reference
 
 pytestmark = pytest.mark.parity

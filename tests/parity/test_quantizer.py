@@ -21,7 +21,7 @@ COTANGENT = reference.draw(2, *Z.shape) / Z.size  # as small as the gradient of 
 @functools.cache
 def our_answers(legacy):
     """Codes, indices, loss, and the gradients of loss + <codes, cotangent> by latents and codes."""
-    config = quantizer.Config(codebook_size=N, beta=0.25, legacy_beta=legacy)
+    config = quantizer.QuantizerConfig(codebook_size=N, beta=0.25, legacy_beta=legacy)
 
     @jax.jit
     def answers(z, codebook):

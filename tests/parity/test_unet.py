@@ -16,7 +16,7 @@ from tests.parity import reference
 
 pytestmark = pytest.mark.parity
 
-SMALL = unet.Config(width=8, num_res_blocks=2, norm_groups=4, compute_dtype="float32")
+SMALL = unet.UNetConfig(width=8, num_res_blocks=2, norm_groups=4, compute_dtype="float32")
 
 
 def conditional(**fields):

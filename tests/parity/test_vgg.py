@@ -7,7 +7,8 @@ import torch
 
 from ldm_jax.eval.extractors import EXTRACTORS
 from ldm_jax.interop import pretrained
-from ldm_jax.models import perceptual_net, vgg
+from ldm_jax.models.frozen import lpips as perceptual_net
+from ldm_jax.models.frozen import vgg
 from tests import frozen
 from tests.parity import fidelity, reference
 from tests.parity.test_inception import picture, to_torch

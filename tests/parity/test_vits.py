@@ -16,17 +16,19 @@ from transformers.image_utils import (
 )
 
 from ldm_jax.interop import vit_names
-from ldm_jax.models import clip, dinov2
+from ldm_jax.models.frozen import clip, dinov2
 from tests.parity import reference
 
 pytestmark = pytest.mark.parity
 
 TOLERANCE = 1e-5
-CLIP = clip.Config(clip.Tower(24, 2, 3), clip.Tower(16, 2, 2), 20, 5, 12, vocabulary=30, context=9)
+CLIP = clip.ClipConfig(
+    clip.Tower(24, 2, 3), clip.Tower(16, 2, 2), 20, 5, 12, vocabulary=30, context=9
+)
 # transformers keeps them apart from its models; here as it has them in image_utils.
 CLIP_MEAN, CLIP_STD = (np.array(v) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 DINO_MEAN, DINO_STD = (np.array(v) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-DINO = dinov2.Config(24, 2, 3, patch=5, grid=7, position_offset=0.0)
+DINO = dinov2.DinoConfig(24, 2, 3, patch=5, grid=7, position_offset=0.0)
 
 
 def saved(model, folder):

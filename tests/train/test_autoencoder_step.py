@@ -31,7 +31,7 @@ def start(run):
         extra_axes=adversarial.axes(run.adversarial, 3),
     )
     learning_rate = optim.learning_rate(run.optim, run.num_steps)
-    no_ema = ema.Config(decay=0.0)
+    no_ema = ema.EmaConfig(decay=0.0)
     step = make_autoencoder_step(
         run.recipe, optimizer, of_discriminator, learning_rate, no_ema, mesh, shardings, None
     )
@@ -79,8 +79,10 @@ def kernels(params):
 )
 def test_discriminator_learns_to_tell(norm, loss, more):
     """On one batch of images and blurred ones, whatever its norm and regulariser."""
-    network = discriminator.Config(width=8, num_layers=1, norm=norm)
-    config = adversarial.Config(weight=1.0, start=1, loss=loss, discriminator=network, **more)
+    network = discriminator.DiscriminatorConfig(width=8, num_layers=1, norm=norm)
+    config = adversarial.AdversarialConfig(
+        weight=1.0, start=1, loss=loss, discriminator=network, **more
+    )
     optimizer = optax.adam(3e-3)
     carried = before = adversarial.start(config, jax.random.key(0), optimizer, 3)
     x = np.random.default_rng(0).uniform(-1, 1, (8, 8, 8, 3)).astype(np.float32)
@@ -104,14 +106,14 @@ def test_discriminator_learns_to_tell(norm, loss, more):
 VQ = dataclasses.replace(
     tiny.AUTOENCODER,
     batch_size=64,
-    images=images.Config(source="photographs", resolution=8),
+    images=images.ImagesConfig(source="photographs", resolution=8),
     model=dataclasses.replace(
         tiny.AUTOENCODER.model,
         latent="vq",
-        quantizer=quantizer.Config(codebook_size=32, average_decay=0.8, restart_below=4.0),
+        quantizer=quantizer.QuantizerConfig(codebook_size=32, average_decay=0.8, restart_below=4.0),
     ),
-    adversarial=adversarial.Config(),
-    optim=optim.Config(lr=1e-3),
+    adversarial=adversarial.AdversarialConfig(),
+    optim=optim.OptimConfig(lr=1e-3),
 )
 
 

@@ -14,10 +14,10 @@ from ldm_jax.train.snapshots import Snapshots
 from ldm_jax.train.state import init_state
 from ldm_jax.train.steps import make_step
 
-EMA = ema.Config(decay=0.6, warmup=False, more=(0.9,), power=(0.05, 0.1), snapshot_every=2)
+EMA = ema.EmaConfig(decay=0.6, warmup=False, more=(0.9,), power=(0.05, 0.1), snapshot_every=2)
 NAMES = ["0.9", "power-0.05", "power-0.1"]
 START = np.arange(1.0, 9.0, dtype=np.float32)
-LOOP = loop.Config(num_steps=7, log_every=1, checkpoint_every=3, keep_checkpoints=5)
+LOOP = loop.LoopConfig(num_steps=7, log_every=1, checkpoint_every=3, keep_checkpoints=5)
 
 
 def loss(params, batch, step):

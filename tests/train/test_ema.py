@@ -33,7 +33,7 @@ def closed_form(decays):
 
 @pytest.mark.parametrize("updates", [1, 2, 30])
 def test_constant_decay_is_its_closed_form(updates):
-    got = averaged(ema.Config(decay=0.9, warmup=False), updates)
+    got = averaged(ema.EmaConfig(decay=0.9, warmup=False), updates)
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6),
         got,
@@ -47,7 +47,7 @@ def test_warm_up_is_its_closed_form_with_n_starting_at_one(updates):
     assert decays[0] == 2 / 11
     if updates == 30:
         assert decays[-1] == 0.7 and (decays < 0.7).sum() == 19
-    got = averaged(ema.Config(decay=0.7), updates)
+    got = averaged(ema.EmaConfig(decay=0.7), updates)
     jax.tree.map(
         lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6),
         got,
@@ -56,7 +56,7 @@ def test_warm_up_is_its_closed_form_with_n_starting_at_one(updates):
 
 
 def test_decay_of_published_runs_warms_up_and_stays():
-    config = ema.Config()
+    config = ema.EmaConfig()
     for n, want in ((1, 2 / 11), (90, 91 / 100), (89_990, 0.9999), (10**6, 0.9999)):
         np.testing.assert_allclose(ema.decay_at(config, n), want, rtol=1e-6)
         np.testing.assert_allclose(
@@ -65,7 +65,7 @@ def test_decay_of_published_runs_warms_up_and_stays():
 
 
 def test_decay_zero_follows_the_parameters():
-    got = averaged(ema.Config(decay=0.0), 3)
+    got = averaged(ema.EmaConfig(decay=0.0), 3)
     jax.tree.map(lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-6), got, parameters(3))
 
 
@@ -74,7 +74,7 @@ def test_average_of_what_does_not_move_does_not_move():
     params = parameters(0)
     average = jax.tree.map(jnp.asarray, params)
     for n in range(1, 50):
-        average = ema.update(average, params, ema.decay_at(ema.Config(decay=0.999), n))
+        average = ema.update(average, params, ema.decay_at(ema.EmaConfig(decay=0.999), n))
     jax.tree.map(np.testing.assert_array_equal, average, params)
     assert {leaf.dtype for leaf in jax.tree.leaves(average)} == {jnp.dtype("float32")}
 
@@ -84,4 +84,4 @@ def test_decay_outside_of_its_range_is_refused(decay):
     with pytest.raises(
         InputError, match=rf"ema decay {decay} must be in \[0, 1\); 0 keeps no average"
     ):
-        ema.Config(decay=decay)
+        ema.EmaConfig(decay=decay)

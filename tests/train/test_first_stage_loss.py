@@ -38,7 +38,7 @@ def by_hand(monkeypatch):
     )
     monkeypatch.setattr(autoencoder, "decode_features", lambda c, p, z: p["decoder"] * z)
     monkeypatch.setattr(autoencoder, "to_image", lambda c, p, h: h)
-    return autoencoder.Config(resolution=8, latent_channels=3, width_multipliers=(1,))
+    return autoencoder.AutoencoderConfig(resolution=8, latent_channels=3, width_multipliers=(1,))
 
 
 def test_loss_sums_over_pixels_and_latents_and_averages_over_images(by_hand):
@@ -99,7 +99,7 @@ def test_equivariance_is_nothing_where_the_latent_is_the_image(by_hand, monkeypa
 
 
 VQ = dataclasses.replace(
-    tiny.AUTOENCODER.model, latent="vq", quantizer=quantizer.Config(codebook_size=16)
+    tiny.AUTOENCODER.model, latent="vq", quantizer=quantizer.QuantizerConfig(codebook_size=16)
 )
 
 
@@ -185,14 +185,14 @@ def test_adaptive_weight_is_clamped():
         lambda: AutoencoderLoss(reduction="median"),
         lambda: AutoencoderLoss(pixel="huber"),
         lambda: AutoencoderLoss(kl_weight=-1.0),
-        lambda: adversarial.Config(loss="wasserstein"),
-        lambda: adversarial.Config(weight=float("nan")),
-        lambda: discriminator.Config(norm="layer"),
-        lambda: discriminator.Config(num_layers=0),
-        lambda: quantizer.Config(codebook_size=1),
-        lambda: quantizer.Config(average_decay=1.0),
-        lambda: autoencoder.Config(latent="fsq"),
-        lambda: autoencoder.Config(latent="identity"),
+        lambda: adversarial.AdversarialConfig(loss="wasserstein"),
+        lambda: adversarial.AdversarialConfig(weight=float("nan")),
+        lambda: discriminator.DiscriminatorConfig(norm="layer"),
+        lambda: discriminator.DiscriminatorConfig(num_layers=0),
+        lambda: quantizer.QuantizerConfig(codebook_size=1),
+        lambda: quantizer.QuantizerConfig(average_decay=1.0),
+        lambda: autoencoder.AutoencoderConfig(latent="fsq"),
+        lambda: autoencoder.AutoencoderConfig(latent="identity"),
         lambda: dataclasses.replace(tiny.AUTOENCODER, train="encoder"),
         lambda: dataclasses.replace(tiny.AUTOENCODER, loss=AutoencoderLoss()),
     ],

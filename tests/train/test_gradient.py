@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.jobs.settings import DenoiserRun
 from ldm_jax.keys import normal_like
+from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.sharding import MeshConfig, check_batch, make_mesh, put_batch, use_mesh
 from ldm_jax.train import adversarial, ema, optim, steps
 from ldm_jax.train.gradient import micro_batches, positions
@@ -19,7 +19,7 @@ from tests import tiny
 ROWS = 32
 X = np.random.default_rng(0).normal(size=(ROWS, 3)).astype(np.float32)
 W = np.random.default_rng(1).normal(size=(3, 8)).astype(np.float32)
-OPTIM = optim.Config(lr=0.1, weight_decay=0.1, clip_norm=0.5)
+OPTIM = optim.OptimConfig(lr=0.1, weight_decay=0.1, clip_norm=0.5)
 
 
 def loss(params, batch, step):
@@ -43,7 +43,7 @@ def trained(count, config, num_devices):
         mesh,
         with_ema=True,
     )
-    average, rate = ema.Config(decay=0.9), optim.learning_rate(OPTIM, 10)
+    average, rate = ema.EmaConfig(decay=0.9), optim.learning_rate(OPTIM, 10)
     step = steps.make_step(loss, optimizer, rate, average, mesh, shardings, count)
     batch = {"x": X, "y": X.sum(1)}
     out = []
@@ -103,7 +103,7 @@ def test_a_batch_that_does_not_split_is_refused():
 def test_an_adversary_and_a_codebook_want_whole_batches():
     with pytest.raises(InputError, match=r"accumulate 2: .*set --config.accumulate=1, or"):
         dataclasses.replace(tiny.AUTOENCODER, accumulate=2)
-    plain = dataclasses.replace(tiny.AUTOENCODER, adversarial=adversarial.Config())
+    plain = dataclasses.replace(tiny.AUTOENCODER, adversarial=adversarial.AdversarialConfig())
     dataclasses.replace(plain, accumulate=2)
     with pytest.raises(InputError, match="accumulate 2"):
         vq = dataclasses.replace(plain.model, latent="vq")

@@ -19,7 +19,9 @@ from tests.train.test_loop import CONFIG, NUM_STEPS, Broken, Data, metrics, rows
 def built(name="adamw"):
     """Least squares, whose loss is finite and whose gradient is not where x is 0 and y is not."""
     mesh = make_mesh(MeshConfig(2, 4, 1))
-    config = optim.Config(name=name, lr=0.1, warmup_steps=4, weight_decay=0.1 * (name != "adam"))
+    config = optim.OptimConfig(
+        name=name, lr=0.1, warmup_steps=4, weight_decay=0.1 * (name != "adam")
+    )
     optimizer = optim.make_optimizer(config, 10)
     state, shardings = init_state(
         lambda: {"hidden": {"kernel": jnp.ones((8, 2))}},
@@ -34,7 +36,7 @@ def built(name="adamw"):
         return jnp.sqrt(jnp.abs(batch["x"] * kernel.sum()) + batch["y"]).mean(), {}
 
     rate = optim.learning_rate(config, 10)
-    step = steps.make_step(loss, optimizer, rate, ema.Config(), mesh, shardings)
+    step = steps.make_step(loss, optimizer, rate, ema.EmaConfig(), mesh, shardings)
     return state, lambda state, x, y: step(
         state, put_batch({"x": np.float32(x), "y": np.float32(y)}, mesh, 8)
     )

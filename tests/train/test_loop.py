@@ -20,7 +20,7 @@ from ldm_jax.train.log import read_metrics
 from ldm_jax.train.state import TrainState
 
 NUM_STEPS = 7
-CONFIG = loop.Config(num_steps=NUM_STEPS, log_every=3, checkpoint_every=100)
+CONFIG = loop.LoopConfig(num_steps=NUM_STEPS, log_every=3, checkpoint_every=100)
 
 
 @pytest.fixture(scope="module")

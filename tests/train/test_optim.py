@@ -50,10 +50,10 @@ def assert_close(got, want, rtol=2e-6):
 @pytest.mark.parametrize(
     "config",
     [
-        optim.Config(lr=0.1),
-        optim.Config(lr=0.1, b1=0.5, b2=0.9),
-        optim.Config(lr=0.1, weight_decay=0.3),
-        optim.Config(lr=0.1, eps=0.5),
+        optim.OptimConfig(lr=0.1),
+        optim.OptimConfig(lr=0.1, b1=0.5, b2=0.9),
+        optim.OptimConfig(lr=0.1, weight_decay=0.3),
+        optim.OptimConfig(lr=0.1, eps=0.5),
     ],
     ids=["defaults", "betas", "weight decay", "eps"],
 )
@@ -63,23 +63,23 @@ def test_two_steps_are_the_published_algorithm(config):
 
 def test_weight_decay_is_decoupled_from_the_gradient():
     """The decay shrinks parameters by lr * weight_decay, whatever the gradient's size."""
-    config = optim.Config(lr=0.1, weight_decay=0.3)
+    config = optim.OptimConfig(lr=0.1, weight_decay=0.3)
     for factor in (1.0, 1000.0):
         grads = [jax.tree.map(lambda g, f=factor: g * np.float32(f), GRADS[0])]
         decayed = trained(config, grads=grads)
-        plain = trained(optim.Config(lr=0.1), grads=grads)
+        plain = trained(optim.OptimConfig(lr=0.1), grads=grads)
         difference = jax.tree.map(lambda d, p: p - d, decayed, plain)
         assert_close(difference, {k: 0.03 * v for k, v in PARAMS.items()}, rtol=1e-4)
 
 
 def test_clipping_scales_all_gradients_by_one_norm():
     # A large eps, so that AdamW's step keeps the gradient's scale and clipping shows.
-    config = optim.Config(lr=0.1, eps=10.0, clip_norm=1.0)
+    config = optim.OptimConfig(lr=0.1, eps=10.0, clip_norm=1.0)
     norms = [np.sqrt(sum(np.square(x).sum() for x in g.values())) for g in GRADS]
     assert min(norms) > 1
     scaled = [{k: x / n for k, x in g.items()} for g, n in zip(GRADS, norms, strict=True)]
     assert_close(trained(config), adamw(config, [0.1, 0.1], scaled), rtol=1e-5)
-    loose = optim.Config(lr=0.1, eps=10.0, clip_norm=100.0)
+    loose = optim.OptimConfig(lr=0.1, eps=10.0, clip_norm=100.0)
     assert_close(trained(loose), adamw(loose, [0.1, 0.1]), rtol=1e-5)
 
 
@@ -89,13 +89,13 @@ def rates(config, num_steps):
 
 
 def test_constant_rate_is_the_rate():
-    np.testing.assert_allclose(rates(optim.Config(lr=0.3), 5), np.full(5, 0.3), rtol=1e-6)
+    np.testing.assert_allclose(rates(optim.OptimConfig(lr=0.3), 5), np.full(5, 0.3), rtol=1e-6)
 
 
 def test_warm_up_is_linear_reaches_the_rate_and_already_moves_at_the_first_update():
-    got = rates(optim.Config(lr=0.3, warmup_steps=4), 8)
+    got = rates(optim.OptimConfig(lr=0.3, warmup_steps=4), 8)
     np.testing.assert_allclose(got, 0.3 * np.array([1, 2, 3, 4, 4, 4, 4, 4]) / 4, rtol=1e-6)
-    moved = trained(optim.Config(lr=0.3, warmup_steps=4), grads=GRADS[:1])
+    moved = trained(optim.OptimConfig(lr=0.3, warmup_steps=4), grads=GRADS[:1])
     assert all(np.all(np.asarray(moved[k]) != PARAMS[k]) for k in PARAMS)
 
 
@@ -103,7 +103,7 @@ def test_warm_up_is_linear_reaches_the_rate_and_already_moves_at_the_first_updat
 @pytest.mark.parametrize("fraction", [0.0, 0.1])
 def test_cosine_falls_to_the_final_fraction(warmup, fraction):
     steps = 12
-    config = optim.Config(
+    config = optim.OptimConfig(
         lr=0.3, schedule="cosine", warmup_steps=warmup, final_lr_fraction=fraction
     )
     got = rates(config, steps)
@@ -118,25 +118,25 @@ def test_cosine_falls_to_the_final_fraction(warmup, fraction):
 
 
 def test_rsqrt_halves_after_three_times_its_steps():
-    config = optim.Config(lr=0.3, schedule="rsqrt", decay_steps=5, warmup_steps=2)
+    config = optim.OptimConfig(lr=0.3, schedule="rsqrt", decay_steps=5, warmup_steps=2)
     rate = optim.learning_rate(config, 100)
     np.testing.assert_allclose([rate(0), rate(1), rate(2)], [0.15, 0.3, 0.3], rtol=1e-6)
     np.testing.assert_allclose([rate(2 + 15), rate(2 + 75)], [0.15, 0.075], rtol=1e-6)
 
 
 def test_edm2_is_flat_up_to_its_steps_and_falls_with_their_root():
-    config = optim.Config(lr=0.3, schedule="edm2", decay_steps=8, warmup_steps=4)
+    config = optim.OptimConfig(lr=0.3, schedule="edm2", decay_steps=8, warmup_steps=4)
     rate = optim.learning_rate(config, 100)
     np.testing.assert_allclose([rate(n) for n in range(4)], [0.075, 0.15, 0.225, 0.3], rtol=1e-6)
     np.testing.assert_allclose([rate(8), rate(32), rate(72)], [0.3, 0.15, 0.1], rtol=1e-6)
-    without = optim.learning_rate(optim.Config(lr=0.3, schedule="edm2", decay_steps=8), 100)
+    without = optim.learning_rate(optim.OptimConfig(lr=0.3, schedule="edm2", decay_steps=8), 100)
     np.testing.assert_allclose([without(0), without(32)], [0.3, 0.15], rtol=1e-6)
-    slow = optim.Config(lr=0.3, schedule="edm2", decay_steps=2, warmup_steps=16)
+    slow = optim.OptimConfig(lr=0.3, schedule="edm2", decay_steps=2, warmup_steps=16)
     np.testing.assert_allclose(optim.learning_rate(slow, 100)(7), 0.15 * (2 / 7) ** 0.5, rtol=1e-6)
 
 
 def test_step_uses_the_rate_of_the_schedule():
-    config = optim.Config(lr=0.1, warmup_steps=2, schedule="cosine")
+    config = optim.OptimConfig(lr=0.1, warmup_steps=2, schedule="cosine")
     assert_close(trained(config), adamw(config, rates(config, 10)[:2]), rtol=1e-5)
 
 
@@ -144,12 +144,12 @@ def test_unknown_choices_are_refused_with_the_known_ones():
     with pytest.raises(
         InputError, match=r"optim schedule 'step' is unknown; choose one of .*'cosine'"
     ):
-        optim.Config(schedule="step")
+        optim.OptimConfig(schedule="step")
     with pytest.raises(InputError, match=r"optim name 'sgd' is unknown; choose one of .*'muon'"):
-        optim.Config(name="sgd")
+        optim.OptimConfig(name="sgd")
     with pytest.raises(InputError, match="optim weight_decay_mask 'some' is unknown"):
-        optim.Config(weight_decay_mask="some")
+        optim.OptimConfig(weight_decay_mask="some")
     with pytest.raises(InputError, match="optim decay_steps 0 must be at least 1"):
-        optim.Config(decay_steps=0)
+        optim.OptimConfig(decay_steps=0)
     with pytest.raises(InputError, match="'adam' has no weight decay, weight_decay is"):
-        optim.Config(name="adam", weight_decay=0.1)
+        optim.OptimConfig(name="adam", weight_decay=0.1)

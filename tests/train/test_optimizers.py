@@ -48,7 +48,7 @@ def one_update(config):
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_optimizer_lowers_a_quadratic(name):
-    optimizer = optim.make_optimizer(optim.Config(name=name, lr=0.05), 30)
+    optimizer = optim.make_optimizer(optim.OptimConfig(name=name, lr=0.05), 30)
     loss = lambda p: sum(jnp.square(x).sum() for x in jax.tree.leaves(p))  # noqa: E731
 
     def step(carry, _):
@@ -101,7 +101,7 @@ FIRST = {
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 def test_first_update_is_the_published_one(name):
-    config = optim.Config(name=name, lr=0.1, b1=0.0 if name == "adafactor" else 0.9)
+    config = optim.OptimConfig(name=name, lr=0.1, b1=0.0 if name == "adafactor" else 0.9)
     want = jax.tree.map(lambda g: FIRST[name](g.astype(np.float64)), GRADS)
     if name == "muon":
         for layer in ("hidden", "large"):
@@ -116,13 +116,13 @@ def test_first_update_is_the_published_one(name):
 
 def test_orthogonal_update_has_the_size_of_adamws():
     """So that the learning rate carries over: 0.2, which is what AdamW's settle at."""
-    update = one_update(optim.Config(name="muon", lr=1.0))["large"]["kernel"]
+    update = one_update(optim.OptimConfig(name="muon", lr=1.0))["large"]["kernel"]
     assert 0.14 < np.sqrt(np.square(update).mean()) < 0.26
 
 
 @pytest.mark.parametrize("name", [n for n in optim.OPTIMIZERS if n != "adam"])
 def test_decay_is_the_rate_times_the_decay_and_the_mask_leaves_out_all_but_kernels(name):
-    config = optim.Config(name=name, lr=0.1)
+    config = optim.OptimConfig(name=name, lr=0.1)
     plain = one_update(config)
     for mask in optim.MASKS:
         decayed = one_update(dataclasses.replace(config, weight_decay=0.3, weight_decay_mask=mask))
@@ -163,7 +163,7 @@ def test_muon_takes_the_hidden_matrices_of_our_models():
 
 
 def made(name, config=MeshConfig(2, 2, 2)):
-    optimizer = optim.make_optimizer(optim.Config(name=name, lr=0.1, warmup_steps=2), 10)
+    optimizer = optim.make_optimizer(optim.OptimConfig(name=name, lr=0.1, warmup_steps=2), 10)
     state, shardings = init_state(
         lambda: jax.tree.map(jnp.asarray, PARAMS),
         AXES,

@@ -51,7 +51,7 @@ def track(width, trajectory, at=()):
 @pytest.mark.parametrize("width", [0.05, 0.2, WIDEST])
 def test_update_is_the_closed_form_of_its_telescoping_weights(width):
     """Of p_k the share ((k)^(g+1) - (k-1)^(g+1)) / n^(g+1); of the start nothing."""
-    config, count = ema.Config(decay=0.0, power=(width,)), 40
+    config, count = ema.EmaConfig(decay=0.0, power=(width,)), 40
     name, start = ema.power_name(width), {"w": jnp.array([7.0, -50.0])}
     averages, power = {name: start}, gamma_of(width) + 1
 
@@ -76,7 +76,7 @@ def test_the_weight_of_an_update_keeps_its_digits_late_in_training(n):
 
 
 def test_several_averages_are_each_what_they_are_alone():
-    config = ema.Config(decay=0.9, more=(0.99, 0.5), power=(0.05, 0.1))
+    config = ema.EmaConfig(decay=0.9, more=(0.99, 0.5), power=(0.05, 0.1))
     assert ema.average_names(config) == ["0.99", "0.5", "power-0.05", "power-0.1"]
     params = [{"w": jnp.float32(np.random.default_rng(i).normal(size=3))} for i in range(12)]
     main, averages = params[0], {name: params[0] for name in ema.average_names(config)}
@@ -84,7 +84,7 @@ def test_several_averages_are_each_what_they_are_alone():
     for n, p in enumerate(params[1:], 1):
         main, averages = ema.advance(config, main, averages, p, n)
         alone = {
-            d: ema.update(a, p, ema.decay_at(ema.Config(decay=d), n)) for d, a in alone.items()
+            d: ema.update(a, p, ema.decay_at(ema.EmaConfig(decay=d), n)) for d, a in alone.items()
         }
     np.testing.assert_array_equal(main["w"], alone[0.9]["w"])
     for decay in (0.99, 0.5):
@@ -107,7 +107,7 @@ def test_several_averages_are_each_what_they_are_alone():
 )
 def test_settings_that_make_no_sense_are_refused(fields, words):
     with pytest.raises(InputError, match=words):
-        ema.Config(**fields)
+        ema.EmaConfig(**fields)
 
 
 leggauss = functools.cache(np.polynomial.legendre.leggauss)

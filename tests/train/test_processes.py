@@ -16,7 +16,7 @@ from ldm_jax.data import latent_cache
 from ldm_jax.jobs import evaluate
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.log import read_metrics
-from tests.jobs import judged
+from tests import judged
 from tests.train import test_mesh
 
 WORKER = Path(__file__).with_name("worker.py")

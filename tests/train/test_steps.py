@@ -156,8 +156,8 @@ def test_losses_that_make_no_sense_are_refused():
             steps.DenoiserLoss(label_dropout=share)
 
 
-OPTIM = optim.Config(lr=0.1, warmup_steps=4, clip_norm=1.0)
-EMA = ema.Config(decay=0.6)
+OPTIM = optim.OptimConfig(lr=0.1, warmup_steps=4, clip_norm=1.0)
+EMA = ema.EmaConfig(decay=0.6)
 START = np.arange(1.0, 9.0, dtype=np.float32)
 
 
@@ -242,7 +242,7 @@ def test_state_is_donated_and_stays_sharded(trained):
 
 
 def test_without_an_average_none_is_made():
-    state, step, mesh = built(ema.Config(decay=0.0), MeshConfig(8, 1, 1))
+    state, step, mesh = built(ema.EmaConfig(decay=0.0), MeshConfig(8, 1, 1))
     state, _ = step(state, put_batch({"x": BATCHES[0]}, mesh, 8))
     assert state.ema == {}
     np.testing.assert_allclose(state.params["w"], reference()[0][0], rtol=1e-5)

@@ -18,7 +18,7 @@ from tests import tiny
 FLOW = make_process(ProcessConfig("flow"))
 TIMES = np.linspace(0, 1, 64, dtype=np.float32)
 Z0, NOISE = (jax.random.normal(key_for(0, name), (64, 2, 2, 2)) for name in ("z0", "noise"))
-OPTIM = optim.Config(lr=0.01, schedule="cosine")
+OPTIM = optim.OptimConfig(lr=0.01, schedule="cosine")
 
 
 def losses(params, t):
@@ -46,7 +46,7 @@ def built(mesh, width=64):
     )
     loss = lambda params, batch, step: (losses(params, batch["t"]).mean(), {})  # noqa: E731
     rate = optim.learning_rate(OPTIM, 800)
-    step = steps.make_step(loss, optimizer, rate, ema.Config(0.9), mesh, shardings)
+    step = steps.make_step(loss, optimizer, rate, ema.EmaConfig(0.9), mesh, shardings)
     return state, step
 
 

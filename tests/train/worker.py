@@ -16,8 +16,7 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
 
     from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
     from ldm_jax.sharding import MeshConfig, make_mesh
-    from tests import tiny
-    from tests.jobs import judged
+    from tests import judged, tiny
     from tests.train.test_mesh import batches_and_draws
 
     assert jax.device_count() == 8
@@ -42,7 +41,7 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
     figures = judged.evaluate_trained(out, step=10)
     if index == 1:  # all processes get them
         (out / "figures.json").write_text(json.dumps(figures))
-    settings = cache_latents.Settings(batch_size=64, pack=8, shard_examples=64)
+    settings = cache_latents.CacheOptions(batch_size=64, pack=8, shard_examples=64)
     cache_latents.run(first_stage, settings, out / "latents")
     jax.distributed.shutdown()
 

@@ -1,0 +1,160 @@
+"""The networks that judge images, by preset, and what they are given to judge."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ldm_jax.errors import InputError
+from ldm_jax.eval.extractors import EXTRACTORS
+from ldm_jax.eval.metrics import METRICS, SECOND
+from ldm_jax.eval.protocol import PRESETS, Preset, Protocol
+from ldm_jax.eval.statistics import Features, compile_features
+from ldm_jax.interop import pretrained
+
+BLOCK = 16  # images that a network sees at once, whole on one device
+Read = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeOptions:
+    """How images are judged."""
+
+    preset: str = "adm"  # a name in PRESETS, or "custom": `extractor` by its own resize
+    extractor: str = ""  # of preset "custom", a name in EXTRACTORS
+    # The network's weights, of a preset of two the first one's; "" = where `ldm weights` puts them.
+    extractor_file: str = ""
+    metrics: tuple[str, ...] = ()  # names in METRICS; () = all that preset and reference allow
+    reference: str = ""  # file of statistics, .npz or folder of images; "" = the run's own images
+    allow_few: bool = False  # Fréchet distances from no more images than features
+
+    def __post_init__(self):
+        if self.preset not in (*PRESETS, "custom"):
+            raise InputError(
+                f"preset {self.preset!r} is unknown; choose one of {[*PRESETS, 'custom']}"
+            )
+        if (self.preset == "custom") != bool(self.extractor):
+            raise InputError(
+                f"extractor {self.extractor!r} with preset {self.preset!r}: an extractor belongs "
+                "to preset 'custom', and that one needs it"
+            )
+        if self.extractor and self.extractor not in EXTRACTORS:
+            raise InputError(
+                f"extractor {self.extractor!r} is unknown; choose one of {list(EXTRACTORS)}"
+            )
+        if self.extractor_file and self.extractor and EXTRACTORS[self.extractor].own_params:
+            raise InputError(
+                f"extractor {self.extractor!r} takes no weights; leave extractor-file "
+                f"{self.extractor_file!r} out"
+            )
+        for name in self.metrics:
+            if name not in METRICS:
+                raise InputError(f"metric {name!r} is unknown; choose one of {list(METRICS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStream:
+    """What is measured: image i comes from `read`, which is called with indices in order."""
+
+    num: int
+    open: Callable[[int], Read]  # rows -> read(indices int64 [n <= rows]) -> uint8 [n,H,W,3]
+    name: str  # for errors
+    digest: str  # of the data, or what says which weights made them
+    rows: int = 0  # of this process in one reading; 0 = as many as the networks take
+    keep: Path | None = None  # folder that reading writes the images into
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """The networks of a preset, compiled for a mesh."""
+
+    name: str  # of the preset
+    preset: Preset
+    weights: Mapping[str, pretrained.NetworkWeights]  # by extractor
+    taps: Mapping[str, int]  # width of each, the second network's after SECOND
+    measure: Callable[[np.ndarray], Features]  # uint8 [n <= rows,H,W,3] of this process
+    rows: int
+
+    def measure_many(self, pictures: np.ndarray, rows: int) -> Features:
+        """Of at most `rows` images; calls the networks equally often on every process."""
+        parts = [
+            self.measure(pictures[start : start + self.rows]) for start in range(0, rows, self.rows)
+        ]
+        return {tap: np.concatenate([part[tap] for part in parts]) for tap in self.taps}
+
+    def protocol(self, num: int, labels: str, sampling: Mapping[str, Any]) -> Protocol:
+        """What `num` images measured by this judge are named after."""
+        first, *others = self.weights
+        second = {name: self.weights[name].digest for name in others}
+        return Protocol(
+            preset=self.name,
+            extractor=first,
+            extractor_digest=self.weights[first].digest,
+            extractor_published=all(weights.published for weights in self.weights.values()),
+            tap=self.preset.tap,
+            resize=self.preset.resize,
+            quantiser="round",
+            num=num,
+            labels=labels,
+            sampling={**sampling, **second},
+        )
+
+
+def open_judge(settings: JudgeOptions, mesh: Mesh, taps: Mapping[str, None]) -> Judge:
+    """Loads and compiles the networks; InputError for weights that are missing or others'."""
+    preset = find_preset(settings)
+    names = [preset.extractor]
+    if any(tap.startswith(SECOND) for tap in taps):
+        names.append(preset.neighbours_extractor)
+    files = (settings.extractor_file, "")
+    weights = {name: read_weights(name, file) for name, file in zip(names, files, strict=False)}
+    every = NamedSharding(mesh, P())
+    params = jax.device_put({name: w.params for name, w in weights.items()}, every)
+
+    def network(params, x):
+        first = EXTRACTORS[names[0]].apply(params[names[0]], x, preset.resize)
+        for name in names[1:]:
+            second = EXTRACTORS[name].apply(params[name], x)
+            first |= {SECOND + tap: f for tap, f in second.items()}
+        return {tap: first[tap] for tap in taps}
+
+    measure, rows = compile_features(network, mesh, BLOCK)
+    widths = dict(EXTRACTORS[names[0]].taps)
+    for name in names[1:]:
+        widths |= {SECOND + tap: width for tap, width in EXTRACTORS[name].taps.items()}
+    return Judge(
+        settings.preset,
+        preset,
+        weights,
+        {tap: widths[tap] for tap in taps},
+        functools.partial(measure, params),
+        rows,
+    )
+
+
+def find_preset(settings: JudgeOptions) -> Preset:
+    """The preset's conventions; of "custom", the extractor's first tap and its own resize."""
+    if settings.preset != "custom":
+        return PRESETS[settings.preset]
+    extractor = EXTRACTORS[settings.extractor]
+    tap = "2048" if "2048" in extractor.taps else next(iter(extractor.taps))
+    return Preset(extractor=extractor.name, tap=tap, resize=extractor.resize)
+
+
+def read_weights(name: str, file: str) -> pretrained.NetworkWeights:
+    """A network's parameters, from its file or, for one that needs none, from its seed."""
+    own = EXTRACTORS[name].own_params
+    if own is None:
+        return pretrained.read(name, file)
+    params = jax.device_get(own())
+    hashed = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        hashed.update(np.ascontiguousarray(leaf).tobytes())
+    return pretrained.NetworkWeights(params, hashed.hexdigest(), False)

@@ -1,0 +1,170 @@
+"""What a run is told: one frozen dataclass per kind of training; `config_files` fills them."""
+
+import dataclasses
+
+from ldm_jax.data.images import ImagesConfig
+from ldm_jax.diffusion.objective import Objective
+from ldm_jax.diffusion.process import ProcessConfig
+from ldm_jax.errors import InputError
+from ldm_jax.eval.judge import JudgeOptions
+from ldm_jax.models.autoencoder import AutoencoderConfig
+from ldm_jax.models.denoiser import DenoiserConfig
+from ldm_jax.sharding import MeshConfig
+from ldm_jax.train.adversarial import AdversarialConfig
+from ldm_jax.train.autoencoder_step import accumulates
+from ldm_jax.train.ema import EmaConfig
+from ldm_jax.train.first_stage_loss import AutoencoderLoss, Recipe
+from ldm_jax.train.loop import LoopConfig
+from ldm_jax.train.optim import OptimConfig
+from ldm_jax.train.steps import DenoiserLoss
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderRun:
+    """`ldm train-autoencoder`."""
+
+    seed: int = 0
+    batch_size: int = 32  # images per step, over all devices
+    accumulate: int = 1  # micro-batches, one after the other, that a step's batch is taken in
+    num_steps: int = 1000
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    keep_every: int = 0
+    max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
+    eval_every: int = 0  # steps between evaluations on held-out images; 0 = none
+    keep_best: str = ""  # figure of the evaluations whose best checkpoint is kept, as psnr_db
+    eval_images: int = 256  # of them, spread over the split, in each evaluation
+    data_threads: int = 2  # that prepare batches ahead, per process
+    images: ImagesConfig = ImagesConfig()
+    model: AutoencoderConfig = AutoencoderConfig()
+    loss: AutoencoderLoss = AutoencoderLoss()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    train: str = "all"  # "all" | "decoder": fine-tune it, and latents already cached stay valid
+    init_from: str = ""  # workdir of a first stage whose weights to begin with; empty = random
+    optim: OptimConfig = OptimConfig(b1=0.5, b2=0.9)
+    ema: EmaConfig = EmaConfig(decay=0.0)
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        loop_config(self)
+        if self.accumulate > 1 and not accumulates(self.recipe):
+            raise InputError(
+                f"accumulate {self.accumulate}: an adversary and a codebook are trained on the "
+                "whole batch of a step; set --config.accumulate=1, or --config.adversarial.weight=0"
+                " with a KL model"
+            )
+        if self.train not in ("all", "decoder"):
+            raise InputError(f"train {self.train!r} is unknown; choose one of ('all', 'decoder')")
+        if self.model.image_channels != 3:
+            raise InputError(
+                f"model.image_channels {self.model.image_channels} must be 3: images are RGB"
+            )
+        # EQ-VAE decodes at a quarter of the size too.
+        smallest = 64 if self.loss.equivariance_weight else 16
+        if self.loss.perceptual_weight and self.model.resolution < smallest:
+            raise InputError(
+                f"model.resolution {self.model.resolution}: the perceptual loss sees images of at "
+                f"least 16 pixels a side, which takes {smallest} here; set "
+                "--config.loss.perceptual_weight=0"
+            )
+        if self.adversarial.gradient_penalty and self.adversarial.discriminator.norm == "batch":
+            raise InputError(
+                f"adversarial.gradient_penalty {self.adversarial.gradient_penalty}: batch norm "
+                "would couple the images whose slopes it penalises; set "
+                "--config.adversarial.discriminator.norm=act or none"
+            )
+        layers = self.adversarial.discriminator.num_layers
+        if self.adversarial.weight and self.model.resolution < 3 * 2**layers:
+            raise InputError(
+                f"model.resolution {self.model.resolution}: a discriminator of {layers} layers "
+                f"sees images of at least {3 * 2**layers} pixels a side; use larger images or "
+                "--config.adversarial.discriminator.num_layers=2"
+            )
+        if self.eval_images < 1:
+            raise InputError(f"eval_images {self.eval_images} must be at least 1")
+        if self.images.resolution != self.model.resolution:
+            raise InputError(
+                f"images.resolution {self.images.resolution} must equal model.resolution "
+                f"{self.model.resolution}; set both"
+            )
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.model, self.loss, self.adversarial, self.seed, self.train)
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What is drawn and judged at every evaluation of a denoiser."""
+
+    num: int = 0  # 0 = none
+    steps: int = 50
+    sampler: str = "ddim"
+    spacing: str = "auto"
+    guidance: float = 1.0  # 1 = conditional model only, >1 extrapolates
+    labels: str = "balanced"  # "balanced" | "random"
+    seed: int = 0
+    batch_size: int = 0  # at a time over all devices; 0 = min(num, 100), rounded up to fit
+    judge: JudgeOptions = JudgeOptions()
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoiserRun:
+    """`ldm train-denoiser`."""
+
+    seed: int = 0
+    batch_size: int = 64  # latents per step, over all devices
+    accumulate: int = 1  # micro-batches, one after the other, that a step's batch is taken in
+    num_steps: int = 1000
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    keep_every: int = 0
+    max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
+    loss_bins: int = 0  # equal intervals of time whose losses are logged apart; 0 = none
+    eval_every: int = 0  # steps between losses of held-out latents, on fixed draws; 0 = none
+    keep_best: str = ""  # figure of the evaluations whose best checkpoint is kept, as loss or fid
+    eval_examples: int = 1024  # of them, spread over the split, in each evaluation
+    samples: Samples = Samples()  # judged then too
+    data_threads: int = 2
+    autoencoder: str = ""  # workdir of the first stage
+    latents: str = ""  # latent cache; empty = AUTOENCODER/latents
+    flip: bool = False  # train on mirrored images half of the time
+    whitening: str = "global"  # "global" 1/std | "channel" mean and std of each | "none" | "fixed"
+    scale_factor: tuple[float, ...] = ()  # "fixed": (z - shift_factor) * scale_factor,
+    shift_factor: tuple[float, ...] = ()  # one number or one a channel
+    model: DenoiserConfig = DenoiserConfig()
+    process: ProcessConfig = ProcessConfig()
+    objective: Objective = Objective()
+    loss: DenoiserLoss = DenoiserLoss()
+    optim: OptimConfig = OptimConfig(weight_decay=0.01)
+    ema: EmaConfig = EmaConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        loop_config(self)
+        if self.eval_examples < 1:
+            raise InputError(f"eval_examples {self.eval_examples} must be at least 1")
+        if self.samples.num and not self.eval_every:
+            raise InputError(
+                f"samples.num {self.samples.num} are judged at every evaluation, and eval_every is "
+                "0; set --config.eval_every"
+            )
+        if self.loss_bins < 0:
+            raise InputError(f"loss_bins {self.loss_bins} must be at least 0, which logs none")
+
+
+Run = AutoencoderRun | DenoiserRun
+
+
+def loop_config(run: Run) -> LoopConfig:
+    """The loop's part of a run; raises InputError for a seed or a pace out of range."""
+    if not 0 <= run.seed < 2**32:
+        raise InputError(f"seed {run.seed} must be in 0..2**32 - 1")
+    if run.accumulate < 1:
+        raise InputError(f"accumulate {run.accumulate} must be at least 1")
+    if run.data_threads < 1:
+        raise InputError(f"data_threads {run.data_threads} must be at least 1")
+    names = [f.name for f in dataclasses.fields(LoopConfig) if hasattr(run, f.name)]
+    return LoopConfig(**{name: getattr(run, name) for name in names})

@@ -1,0 +1,107 @@
+"""Networks that compile at once in the places of those that judge, and digits to be judged."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.data.images import open_images
+from ldm_jax.eval import judge as image_judge
+from ldm_jax.eval.extractors import EXTRACTORS
+from ldm_jax.jobs import evaluate
+from ldm_jax.sampling.options import SampleOptions
+from ldm_jax.sharding import MeshConfig, make_mesh
+from tests import tiny
+
+TAPS = {
+    "random-conv": {"quarters": 6},
+    "inception": {"2048": 6, "spatial2023": 5, "logits_unbiased": 7},
+    "vgg16": {"fc2_relu": 4},
+}
+RANDOM = image_judge.JudgeOptions(preset="custom", extractor="random-conv")
+ADM = image_judge.JudgeOptions()
+
+
+def kernel(name):
+    width = sum(TAPS[name].values())
+    rng = np.random.default_rng(len(name))
+    return rng.normal(0, 192**-0.5, (192, width)).astype(np.float32)
+
+
+def split(name, f):
+    ends = np.cumsum(list(TAPS[name].values()))[:-1]
+    return dict(zip(TAPS[name], np.split(f, ends, -1), strict=True))
+
+
+def features(name, pictures):
+    """{tap: f32 [N,D]} of uint8 [N,8,8,3], in plain numpy."""
+    x = pictures.reshape(len(pictures), -1).astype(np.float32) / 127.5 - 1
+    return split(name, np.maximum(x @ kernel(name), 0))
+
+
+def extractor(name, traces):
+    def network(params, x):
+        traces.append(name)
+        f = jax.nn.relu((x.reshape(len(x), -1) / 127.5 - 1.0) @ params["kernel"])
+        ends = np.cumsum(list(TAPS[name].values()))[:-1]
+        return dict(zip(TAPS[name], jnp.split(f, ends, -1), strict=True))
+
+    own = lambda: {"kernel": kernel(name)}  # noqa: E731
+    real = EXTRACTORS[name]
+    return dataclasses.replace(real, taps=TAPS[name], side=8, network=network, own_params=own)
+
+
+@pytest.fixture(scope="module")
+def judges():
+    """Small networks as random-conv and, with weights that pass as published, Inception and VGG16.
+
+    The names of those that are traced, in order.
+    """
+    traces, read = [], image_judge.read_weights
+    published = lambda name, file: read(name, file)._replace(published=name != "random-conv")  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        for name in TAPS:
+            patch.setitem(EXTRACTORS, name, extractor(name, traces))
+        patch.setattr(image_judge, "read_weights", published)
+        yield traces
+
+
+def digits(count, split="train"):
+    """uint8 [count,8,8,3], the first ones of a split."""
+    rows = np.arange(count)
+    source = open_images(tiny.AUTOENCODER.images, split, augment=False)
+    return source.read(rows, rows)["image"]
+
+
+def images_of(pictures, name="pictures"):
+    read = lambda indices: pictures[indices]  # noqa: E731
+    return image_judge.ImageStream(
+        len(pictures), lambda rows: read, name, str(hash(pictures.tobytes()))
+    )
+
+
+def one_device():
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def plain(figures):
+    """Without the protocols in their names."""
+    return {name.split("-")[0]: value for name, value in figures.items()}
+
+
+def evaluate_trained(out, step):
+    """{stage: figures} of both of `tests/train/worker.py`'s trainings, by `ldm evaluate`."""
+    samples = SampleOptions(num=21, step=step, steps=2, guidance=2.0, batch_size=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EXTRACTORS, "random-conv", extractor("random-conv", []))
+        patch.setattr(evaluate, "reconstruction_figures", lambda *a, **k: {})
+        return {
+            "autoencoder": evaluate.run(
+                out / "autoencoder", SampleOptions(num=21, step=step), evaluate.Asked(RANDOM)
+            ),
+            "denoiser": evaluate.run(
+                out / "denoiser", samples, evaluate.Asked(RANDOM, labels="random")
+            ),
+        }

@@ -1,0 +1,132 @@
+"""rFID: reconstructions of held-out images against their originals."""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.data.images import open_images
+from ldm_jax.errors import InputError
+from ldm_jax.eval import frechet
+from ldm_jax.eval import judge as image_judge
+from ldm_jax.eval.frechet import Moments
+from ldm_jax.interop import pretrained
+from ldm_jax.jobs import evaluate
+from ldm_jax.models import autoencoder
+from ldm_jax.runs.reconstruction import spread
+from ldm_jax.sampling.options import SampleOptions
+from tests import tiny
+from tests.judged import RANDOM, features, judges, one_device, plain  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("judges")
+NUM = 40
+
+
+@pytest.fixture
+def workdir(first_stage, tmp_path, monkeypatch):
+    """A first stage that makes pictures darker: its latents are the pixels themselves."""
+    monkeypatch.setattr(
+        autoencoder, "encode", lambda config, params, x: jnp.concatenate([x, x], -1)
+    )
+    monkeypatch.setattr(autoencoder, "decode", lambda config, params, z: 0.75 * z - 0.25)
+    monkeypatch.setattr(evaluate, "make_mesh", lambda config: one_device())
+    monkeypatch.setattr(evaluate, "reconstruction_figures", lambda *a, **k: {"psnr_db": 1.0})
+    shutil.copytree(first_stage, tmp_path / "w", ignore=shutil.ignore_patterns("latents"))
+    return tmp_path / "w"
+
+
+@pytest.fixture
+def held_out():
+    source = open_images(tiny.AUTOENCODER.images, "held_out", augment=False)
+    rows = spread(len(source), NUM)
+    return source.read(rows, rows)["image"]
+
+
+def run(workdir, asked=evaluate.Asked(RANDOM), **change):
+    figures = evaluate.run(workdir, SampleOptions(num=NUM, **change), asked)
+    return {name: value for name, value in figures.items() if "-" in name}
+
+
+def test_figures_are_those_of_held_out_images_and_their_reconstructions(workdir, held_out):
+    darker = np.floor(held_out * 0.75 + 0.5).astype(np.uint8)
+    a, b = (features("random-conv", part)["quarters"] for part in (darker, held_out))
+    figures = plain(run(workdir))
+    want = frechet.distance(Moments.of(a), Moments.of(b))
+    assert figures[f"rfrechet{NUM}"] == pytest.approx(want, rel=1e-3)
+    assert set(figures) == {
+        f"r{name}{NUM}" for name in ("frechet", "precision", "recall", "density", "coverage")
+    }
+
+
+def test_a_first_stage_that_loses_nothing_has_a_distance_of_none(workdir, monkeypatch):
+    darker = plain(run(workdir))[f"rfrechet{NUM}"]
+    monkeypatch.setattr(autoencoder, "decode", lambda config, params, z: z)
+    figures = plain(run(workdir))
+    assert figures[f"rfrechet{NUM}"] < 1e-9 < darker
+    assert figures[f"rprecision{NUM}"] == figures[f"rrecall{NUM}"] == 1
+
+
+def test_weights_are_part_of_the_name_and_the_step_is_not(workdir):
+    average, raw, early = run(workdir), run(workdir, weights="params"), run(workdir, step=3)
+    assert run(workdir, weights="ema") == average == early and not raw.keys() & average.keys()
+    lines = [json.loads(x) for x in (workdir / "evaluation.jsonl").read_text().splitlines()]
+    judged = [line for line in lines if "protocol" in line]
+    assert [line["step"] for line in judged] == [3] * 4
+    assert judged[0]["images"] == judged[3]["images"] != judged[1]["images"]
+    # A line of PSNR and SSIM stands before each.
+    assert [("protocol" in line) for line in lines] == [False, True] * 4
+    assert lines[0]["figures"] == {"psnr_db": 1.0}
+
+
+def test_held_out_images_are_compared_with_a_reference_that_is_named(workdir, held_out, tmp_path):
+    np.savez(tmp_path / "originals.npz", arr_0=held_out)
+    settings = dataclasses.replace(RANDOM, reference=str(tmp_path / "originals.npz"))
+    own, other = run(workdir), run(workdir, evaluate.Asked(settings))
+    assert list(own.values()) == list(other.values()) and not own.keys() & other.keys()
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_measured(workdir, monkeypatch):
+    def measured(*arguments, **options):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(evaluate, "reconstruction_figures", measured)
+    few = dataclasses.replace(RANDOM, metrics=("kid",))
+    for asked, change, words in (
+        (
+            evaluate.Asked(few),
+            {},
+            "'kid': it takes 1000 images or more, and what is judged is of 4",
+        ),
+        (evaluate.Asked(RANDOM), {"num": 5}, "what is judged: 5 images for 6 features"),
+        (evaluate.Asked(RANDOM), {"num": -5}, "num -5 must be at least 1"),
+        (evaluate.Asked(RANDOM), {"steps": 7}, "--steps 7 is about samples, and this workdir"),
+        (evaluate.Asked(None, labels="random"), {}, "--labels 'random' is about samples"),
+        (evaluate.Asked(None, keep="samples"), {}, "--keep 'samples' is about samples"),
+        (
+            evaluate.Asked(None, dataset="ffhq"),
+            {},
+            "'ffhq' has no published reconstruction figures",
+        ),
+    ):
+        with pytest.raises(InputError, match=words):
+            evaluate.run(workdir, SampleOptions(**{"num": NUM, **change}), asked)
+    monkeypatch.setattr(image_judge, "read_weights", pretrained.read)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workdir))
+    with pytest.raises(
+        InputError, match=r"vgg16.safetensors is missing; `ldm weights vgg16` makes"
+    ):
+        vgg = image_judge.JudgeOptions(preset="custom", extractor="vgg16")
+        evaluate.run(workdir, SampleOptions(num=NUM), evaluate.Asked(vgg))
+    assert not (workdir / "evaluation.jsonl").exists() and not (workdir / "evaluation").exists()
+
+
+def test_published_figures_stand_below_ours_and_are_marked(workdir, capsys):
+    run(workdir, evaluate.Asked(RANDOM, dataset="imagenet"))
+    lines = capsys.readouterr().out.splitlines()
+    ours = [line for line in lines if not line.startswith("published: ")]
+    assert lines[: len(ours)] == ours and ours[-1].startswith("rcoverage")
+    (ours,) = [line for line in lines if line.startswith("published: kl-f8 c=4")]
+    assert "rfid 0.9" in ours and "2112.10752" in ours

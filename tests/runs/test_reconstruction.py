@@ -1,0 +1,150 @@
+"""The evaluation of a first stage in training: what it measures, and on which weights."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.data.images import open_images
+from ldm_jax.errors import InputError
+from ldm_jax.eval.reconstruction import psnr
+from ldm_jax.jobs import evaluate
+from ldm_jax.models import autoencoder
+from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.reconstruction import (
+    compile_reconstruction,
+    make_evaluation,
+    reconstruct,
+)
+from ldm_jax.sampling.options import SampleOptions
+from ldm_jax.sharding import MeshConfig, make_mesh
+from ldm_jax.train.state import TrainState
+from tests import tiny
+
+CONFIG = dataclasses.replace(tiny.AUTOENCODER, eval_every=1, eval_images=37)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(MeshConfig(2, 4, 1))
+
+
+@pytest.fixture(scope="module")
+def trained(first_stage, mesh):
+    return load_first_stage(first_stage, mesh)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    source = open_images(CONFIG.images, "held_out", augment=False)
+    spread = np.linspace(0, len(source) - 1, 37).round().astype(int)
+    return source.read(spread, spread)["image"]
+
+
+def state_of(params, ema):
+    return TrainState(np.int32(1), params, ema, {})
+
+
+def test_figures_are_those_of_held_out_images_spread_over_the_split(trained, mesh, held_out):
+    figures, pictures = make_evaluation(CONFIG, mesh)(state_of(trained.params, {}), 1)
+    rebuilt = reconstruct(trained, held_out, mesh)
+    assert figures["num_images"] == 37
+    assert figures["psnr_db"] == pytest.approx(psnr(held_out, rebuilt).mean(), abs=1e-3)
+    assert set(pictures) == {"fixed", "worst"}
+    for picture in pictures.values():
+        assert picture.shape == (2 * 8 + 2, 8 * 8 + 7 * 2, 3) and picture.dtype == np.uint8
+    worst = np.argmin(psnr(held_out, rebuilt))
+    np.testing.assert_array_equal(pictures["worst"][:8, :8], held_out[worst])
+    np.testing.assert_allclose(pictures["worst"][-8:, :8].astype(int), rebuilt[worst], atol=1)
+    np.testing.assert_array_equal(pictures["fixed"][:8, :8], held_out[0])
+    np.testing.assert_array_equal(pictures["fixed"][:8, -8:], held_out[-1])
+
+
+def test_averaged_weights_are_evaluated_where_there_are_any(trained, mesh):
+    evaluation = make_evaluation(CONFIG, mesh)
+    zeros = jax.tree.map(np.zeros_like, trained.params)
+    average, _ = evaluation(state_of(zeros, trained.params), 1)
+    raw, _ = evaluation(state_of(trained.params, {}), 1)
+    nothing, _ = evaluation(state_of(zeros, {}), 1)
+    assert average == raw != nothing
+
+
+def test_one_program_serves_every_evaluation(trained, mesh, monkeypatch):
+    traces = []
+    encode = autoencoder.encode
+    monkeypatch.setattr(autoencoder, "encode", lambda *a: traces.append(1) or encode(*a))
+    evaluation = make_evaluation(CONFIG, mesh)
+    for step in (1, 2):
+        evaluation(state_of(trained.params, {}), step)
+    assert len(traces) == 1
+
+
+def test_reconstructions_do_not_depend_on_the_batch_or_the_mesh(trained, mesh, held_out):
+    want = reconstruct(trained, held_out, mesh).astype(int)
+    assert want.shape == held_out.shape and want.std() > 1
+    np.testing.assert_allclose(reconstruct(trained, held_out, mesh, batch_size=5), want, atol=1)
+    one = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    params = jax.device_get(trained.params)
+    alone = compile_reconstruction(trained.config, one, 20)(params, held_out)
+    np.testing.assert_allclose(alone, want, atol=1)
+
+
+def test_what_is_decoded_is_the_mode_and_what_comes_out_is_rounded(mesh, held_out, monkeypatch):
+    def encode(config, params, x):  # mean: red and green; log-variance: 7
+        return jnp.concatenate([x[..., :2], jnp.full_like(x[..., :2], 7)], -1)
+
+    def decode(config, params, z):  # blue far out of range, the rest a third of a value off
+        return jnp.concatenate([z + 1 / 3 / 127.5, jnp.full_like(z[..., :1], 3)], -1)
+
+    monkeypatch.setattr(autoencoder, "encode", encode)
+    monkeypatch.setattr(autoencoder, "decode", decode)
+    rebuilt = compile_reconstruction(CONFIG.model, mesh, 8)({}, held_out)
+    np.testing.assert_array_equal(rebuilt[..., :2], held_out[..., :2])
+    assert (rebuilt[..., 2] == 255).all()
+
+
+@pytest.mark.parametrize("latent", ["vq", "identity"])
+def test_every_kind_of_latent_is_evaluated(latent, mesh):
+    changes = {"latent": latent}
+    if latent == "identity":
+        changes |= {"width_multipliers": (1,), "latent_channels": 3}
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **changes))
+    params = autoencoder.init(config.model, jax.random.key(0))
+    figures, _ = make_evaluation(config, mesh)(state_of(params, {}), 1)
+    assert figures["num_images"] == 37
+    assert (figures["psnr_db"] == 100) == (latent == "identity")
+
+
+def test_lpips_is_measured_where_it_is_given(trained, mesh):
+    lpips = lambda x, y: np.arange(len(x)) * 1.0  # noqa: E731
+    figures, _ = make_evaluation(CONFIG, mesh, lpips=lpips)(state_of(trained.params, {}), 1)
+    # In batches of the run's 16: 16, 16 and 5 images.
+    assert figures["lpips"] == pytest.approx((2 * 120 + 10) / 37)
+
+
+def test_without_an_interval_there_is_no_evaluation_and_no_data_is_opened(mesh):
+    images = dataclasses.replace(CONFIG.images, held_out_fraction=0.0)
+    config = dataclasses.replace(CONFIG, images=images)
+    assert make_evaluation(dataclasses.replace(config, eval_every=0), mesh) is None
+    with pytest.raises(InputError, match=r"held_out split of digits .* is empty"):
+        make_evaluation(config, mesh)
+    with pytest.raises(InputError, match="eval_images 0 must be at least 1"):
+        dataclasses.replace(CONFIG, eval_images=0)
+
+
+def test_evaluate_gives_the_same_figures_of_a_finished_run(first_stage, trained, mesh):
+    figures = evaluate.reconstruction_figures(first_stage, limit=37)
+    while_training, _ = make_evaluation(CONFIG, mesh)(state_of({}, trained.params), 3)
+    assert figures.pop("step") == 3
+    assert figures == pytest.approx(while_training, abs=1e-3)
+
+
+def test_flags_about_samples_are_refused_for_a_first_stage():
+    how = evaluate.first_stage_settings(SampleOptions(num=0))
+    assert how == {"limit": 10_000, "step": -1, "weights": "auto"}
+    how = evaluate.first_stage_settings(SampleOptions(num=7, step=3, weights="params"))
+    assert how == {"limit": 7, "step": 3, "weights": "params"}
+    with pytest.raises(InputError, match="--batch-size 8 is about samples"):
+        evaluate.first_stage_settings(SampleOptions(batch_size=8))
