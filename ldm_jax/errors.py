@@ -21,7 +21,7 @@ def choose(name: str, value: Any, known: Iterable[Any]) -> None:
 
 
 def within(name: str, value: float, interval: str, remedy: str = "") -> None:
-    """Raises InputError unless the number lies in an interval, written as "[0, 1)" or "(0, inf)"."""
+    """Raises InputError unless the number lies in an interval, such as "[0, 1)" or "(0, inf)"."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = low <= value if interval[0] == "[" else low < value
     below = value <= high if interval[-1] == "]" else value < high
