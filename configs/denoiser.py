@@ -48,16 +48,12 @@ def _published(
                 "num_heads": num_heads,
                 "head_channels": head_channels,
             },
-            "conditioner": {
-                "kind": "class" if num_classes else "none",
-                "num_classes": num_classes,
-                "context_dim": 512,
-            },
+            "conditions": _classes(num_classes, 512) if num_classes else {},
         }
     )
     c.process = ml_collections.ConfigDict({"beta_start": 0.0015, "beta_end": 0.0195})
     # The share of dropped labels was not published; 0.1 is what the field uses.
-    c.loss = ml_collections.ConfigDict({"label_dropout": 0.1 if num_classes else 0.0})
+    c.loss = ml_collections.ConfigDict({"condition_dropout": 0.1 if num_classes else 0.0})
     c.optim = ml_collections.ConfigDict({"lr": lr, "weight_decay": 0.01})
     c.ema = ml_collections.ConfigDict({"decay": 0.9999})
     return c
@@ -82,10 +78,10 @@ def _digits():
                 "num_heads": 4,
                 "norm_groups": 16,
             },
-            "conditioner": {"kind": "class", "num_classes": 10, "context_dim": 64},
+            "conditions": _classes(10, 64),
         }
     )
-    c.loss = ml_collections.ConfigDict({"label_dropout": 0.1})
+    c.loss = ml_collections.ConfigDict({"condition_dropout": 0.1})
     c.optim = ml_collections.ConfigDict(
         {
             "lr": 1e-3,
@@ -97,3 +93,7 @@ def _digits():
     )
     c.ema = ml_collections.ConfigDict({"decay": 0.995})
     return c
+
+
+def _classes(count, context_dim):
+    return {"class": {"kind": "class", "num_classes": count, "context_dim": context_dim}}

@@ -91,6 +91,12 @@ def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
         _active.reset(token)
 
 
+def platform() -> str:
+    """ "cpu", "gpu" or "tpu": that of the mesh in use, and the host's own where none is."""
+    active = _active.get()
+    return active[0].devices.flat[0].platform if active else jax.default_backend()
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins the axes of `x` to the mesh by logical name; the identity when no mesh is in use.
 

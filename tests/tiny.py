@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ldm_jax.data.images import ImagesConfig
 from ldm_jax.jobs import cache_latents, train_autoencoder
-from ldm_jax.models import autoencoder, conditioners, denoiser, discriminator, unet
+from ldm_jax.models import autoencoder, conditions, denoiser, discriminator, unet
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.train import adversarial, ema, optim
-from ldm_jax.train.first_stage_loss import AutoencoderLoss
+from ldm_jax.train.first_stage import AutoencoderLoss
 
 AUTOENCODER = AutoencoderRun(
     batch_size=16,
@@ -51,7 +51,7 @@ DENOISER = DenoiserRun(
             num_heads=2,
             norm_groups=4,
         ),
-        conditioner=conditioners.ConditionerConfig(kind="class", num_classes=10, context_dim=8),
+        conditions={"class": conditions.ClassCondition(num_classes=10, context_dim=8)},
     ),
     optim=optim.OptimConfig(lr=1e-3, warmup_steps=2, clip_norm=1.0, weight_decay=0.01),
     ema=ema.EmaConfig(decay=0.99),
@@ -76,6 +76,9 @@ def overrides(run: AutoencoderRun | DenoiserRun) -> list[str]:
         if dataclasses.is_dataclass(value):
             for field in dataclasses.fields(value):
                 yield from walk(getattr(value, field.name), f"{path}.{field.name}")
+        elif isinstance(value, dict):
+            for name, row in value.items():
+                yield from walk(row, f"{path}.{name}")
         elif isinstance(value, tuple) and len(value) == 1:
             yield f"--{path}=({value[0]},)"
         elif value != "":

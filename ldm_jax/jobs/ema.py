@@ -12,13 +12,12 @@ import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.models import autoencoder, denoiser
-from ldm_jax.runs.config_files import build
+from ldm_jax.runs.config_files import build, to_json
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
-from ldm_jax.runs.workdir import read_run, to_json, write_json
+from ldm_jax.runs.workdir import read_run, write_json
 from ldm_jax.sharding import MeshConfig, abstract_params, make_mesh
-from ldm_jax.train.checkpoint import save_params
-from ldm_jax.train.power_ema import coefficients, gamma_of
-from ldm_jax.train.snapshots import Snapshots
+from ldm_jax.train.checkpoint import Snapshots, save_params
+from ldm_jax.train.ema import coefficients, gamma_of
 
 KINDS: dict[str, Any] = {
     "train-autoencoder": (AutoencoderRun, autoencoder),

@@ -31,7 +31,7 @@ from ldm_jax.sampling import judged as sample_evaluation
 from ldm_jax.sampling.draw import check_options, draw_images
 from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, make_mesh
-from ldm_jax.train.first_stage_loss import AutoencoderLoss
+from ldm_jax.train.first_stage import AutoencoderLoss
 
 Figures = dict[str, float]
 # Measured where --num does not say: samples by the digits' judge, by others, and reconstructions.
@@ -63,7 +63,7 @@ def run(workdir: Path, settings: SampleOptions, asked: Asked = Asked()) -> Figur
         figures = _first_stage(workdir, settings, asked, record)
     else:
         run = build(DenoiserRun, record["config"])
-        conditional = run.model.conditioner.kind == "class"
+        conditional = bool(run.model.conditions)
         rows = _published(asked, "class-conditional" if conditional else "unconditional")
         source = read_run(Path(run.autoencoder))["config"].get("images", {}).get("source")
         if asked.judge is None and source == "digits":

@@ -12,7 +12,8 @@ from ldm_jax.interop import compvis, diffusers
 from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
 from ldm_jax.interop.names import to_ours
 from ldm_jax.runs import config_files, settings
-from ldm_jax.runs.workdir import describe, to_json, write_json
+from ldm_jax.runs.config_files import to_json
+from ldm_jax.runs.workdir import describe, write_json
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train import ema
 from ldm_jax.train.checkpoint import save_params

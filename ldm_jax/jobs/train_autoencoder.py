@@ -15,16 +15,14 @@ from ldm_jax.data.order import Order
 from ldm_jax.errors import InputError
 from ldm_jax.interop import pretrained
 from ldm_jax.models import autoencoder
+from ldm_jax.runs.build import build
 from ldm_jax.runs.first_stage import load_first_stage, tree_hash
-from ldm_jax.runs.reconstruction import compile_lpips, make_evaluation
+from ldm_jax.runs.reconstruction import compile_lpips, evaluation_hook
 from ldm_jax.runs.settings import AutoencoderRun
-from ldm_jax.runs.training import check_traces, fit
+from ldm_jax.runs.training import fit
 from ldm_jax.runs.workdir import open_run, read_run
-from ldm_jax.sharding import check_batch, make_mesh, replicated
-from ldm_jax.train import adversarial, optim
-from ldm_jax.train.autoencoder_step import make_autoencoder_step, start_extra
+from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train.checkpoint import has_checkpoint
-from ldm_jax.train.first_stage_loss import autoencoder_loss
 from ldm_jax.train.state import TrainState
 
 
@@ -49,10 +47,10 @@ def run(
         open_run(workdir, "train-autoencoder", config, mesh, data)
         print("an identity first stage has nothing to train; its workdir is made", file=sys.stderr)
         return None
-    perceptual = start_from = None
+    frozen, start_from = {}, None
     if config.loss.perceptual_weight:
-        perceptual = pretrained.load("lpips", config.loss.perceptual_file)
-        data["perceptual_hash"] = tree_hash(perceptual)
+        frozen["lpips"] = pretrained.load("lpips", config.loss.perceptual_file)
+        data["perceptual_hash"] = tree_hash(frozen["lpips"])
     if config.init_from:
         if has_checkpoint(workdir):  # it holds all that is needed, wherever the weights came from
             data["init_from_hash"] = read_run(workdir)["data"].get("init_from_hash")
@@ -65,71 +63,38 @@ def run(
             f"{config.num_steps}: it will not play",
             file=sys.stderr,
         )
-    recipe = config.recipe
-    optimizer, discriminator_optimizer = optimizers(config)
-    learning_rate = optim.learning_rate(config.optim, config.num_steps)
-    init = lambda key: autoencoder.init(config.model, key)  # noqa: E731
-    init_extra = lambda params: start_extra(recipe, params, discriminator_optimizer)  # noqa: E731
-
-    def compute(key, batch):
-        params = init(key)
-        adversary = init_extra(params).get("discriminator", {}).get("params")
-        return autoencoder_loss(recipe, params, batch, np.int32(0), adversary, perceptual)
-
-    side, channels = config.model.resolution, config.model.image_channels
-    shape = jax.ShapeDtypeStruct((config.batch_size, side, side, channels), "uint8")
-    check_traces(compute, {"image": shape})
+    trainer = build(config, None, mesh)
+    hooks = []
+    if config.eval_every:
+        lpips = compile_lpips(frozen["lpips"]) if frozen else None
+        hooks.append(evaluation_hook(config, mesh, lpips))
     open_run(workdir, "train-autoencoder", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         return {"image": source.read(indices, positions)["image"]}
 
     return fit(
-        "train-autoencoder",
         config,
         workdir,
-        mesh,
-        init=init,
-        axes=autoencoder.axes(config.model),
-        optimizer=optimizer,
-        make_step=lambda shardings: make_autoencoder_step(
-            recipe,
-            optimizer,
-            discriminator_optimizer,
-            learning_rate,
-            config.ema,
-            mesh,
-            shardings,
-            jax.device_put(perceptual, replicated(mesh)),
-            config.accumulate,
-        ),
-        read=read,
-        order=Order(len(source), config.seed),
-        init_extra=init_extra,
-        extra_axes=adversarial.axes(config.adversarial, channels),
+        trainer,
+        read,
+        Order(len(source), config.seed),
+        name="train-autoencoder",
+        frozen=frozen,
         start_from=start_from,
-        evaluate=make_evaluation(
-            config, mesh, lpips=compile_lpips(perceptual) if perceptual else None
-        ),
+        hooks=hooks,
     )
 
 
 def absolute_paths(config: AutoencoderRun) -> AutoencoderRun:
     """The same with places that hold from any folder."""
-    absolute = lambda path: str(Path(path).absolute()) if path else path  # noqa: E731
-    loss = dataclasses.replace(config.loss, perceptual_file=absolute(config.loss.perceptual_file))
-    return dataclasses.replace(config, init_from=absolute(config.init_from), loss=loss)
+    file = _absolute(config.loss.perceptual_file)
+    loss = dataclasses.replace(config.loss, perceptual_file=file)
+    return dataclasses.replace(config, init_from=_absolute(config.init_from), loss=loss)
 
 
-def optimizers(config: AutoencoderRun):
-    """The autoencoder's optimizer and the discriminator's, whose steps count from its start."""
-    factor = config.adversarial.lr_factor
-    of_discriminator = dataclasses.replace(config.optim, lr=factor * config.optim.lr)
-    turns = max(1, config.num_steps - config.adversarial.start)
-    return (
-        optim.make_optimizer(config.optim, config.num_steps),
-        optim.make_optimizer(of_discriminator, turns),
-    )
+def _absolute(path: str) -> str:
+    return str(Path(path).absolute()) if path else path
 
 
 def initial_weights(config: AutoencoderRun, mesh: Mesh) -> Any:

@@ -34,6 +34,7 @@ from ldm_jax.models.quantizer import QuantizerConfig
 from ldm_jax.sharding import constrain
 
 LATENTS = ("kl", "vq", "identity")
+EDGES = ("conv_in", "conv_out", "adapter")  # first and last layers, for the optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +107,11 @@ class AutoencoderConfig:
     def moment_channels(self) -> int:
         """Channels that `encode` gives: 2C (mean, log-variance) of a Gaussian, C of a point."""
         return 2 * self.latent_channels if self.latent == "kl" else self.latent_channels
+
+    @property
+    def posterior(self) -> str:
+        """What its moments are, as codecs call it."""
+        return "gaussian" if self.latent == "kl" else "point"
 
     @property
     def dtype(self) -> Any:
@@ -276,9 +282,9 @@ def to_image(config: AutoencoderConfig, params: Any, features: jax.Array) -> jax
 
 def draw(config: AutoencoderConfig, moments: jax.Array, keys: jax.Array) -> jax.Array:
     """A latent z [B,h,w,C] from what `encode` gave; row i of a Gaussian is drawn with keys[i]."""
-    return latents.draw(moments, keys, config.latent_channels)
+    return latents.sample(moments, keys) if config.latent == "kl" else moments
 
 
 def mode(config: AutoencoderConfig, moments: jax.Array) -> jax.Array:
     """The latent's most likely value [B,h,w,C] from what `encode` gave."""
-    return latents.mode(moments, config.latent_channels)
+    return latents.split_moments(moments)[0] if config.latent == "kl" else moments

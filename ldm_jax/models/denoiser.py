@@ -1,60 +1,84 @@
-"""A whole denoiser: conditioner and backbone behind the seam that samplers and losses speak to."""
+"""A whole denoiser: conditions and backbone behind the seam that samplers and losses speak to."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from ldm_jax.models import conditioners, unet
-from ldm_jax.sharding import constrain
+from ldm_jax.models import conditions, unet
+from ldm_jax.models.conditions import CONDITIONS, Cond, Condition, Widths
+
+
+class Backbone(NamedTuple):
+    """A network that denoises, as functions of its configuration; `widths` are its signals'."""
+
+    config: type  # its fields in_channels and out_channels are those of z_t and the prediction
+    init: Callable[..., Any]  # (config, key, widths) -> params
+    axes: Callable[..., Any]  # (config, widths) -> logical names of the tree of `init`
+    apply: Callable[..., jax.Array]  # (config, params, z_t, t, signals) -> prediction
+    edges: tuple[str, ...]  # names of its first and last layers, which Muon leaves to AdamW
+
+
+BACKBONES: dict[str, Backbone] = {
+    "unet": Backbone(unet.UNetConfig, unet.init, unet.axes, unet.apply, unet.EDGES),
+}
+
+
+def backbone_configs() -> dict[str, type]:
+    """Kind -> what configures it."""
+    return {kind: backbone.config for kind, backbone in BACKBONES.items()}
+
+
+def condition_configs() -> dict[str, type]:
+    """Kind -> what configures it."""
+    return CONDITIONS
 
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserConfig:
-    backbone: unet.UNetConfig = unet.UNetConfig()
-    conditioner: conditioners.ConditionerConfig = conditioners.ConditionerConfig()
+    backbone: Any = dataclasses.field(
+        default=unet.UNetConfig(), metadata={"kinds": backbone_configs}
+    )
+    # By name; none is the unconditional model.
+    conditions: dict[str, Condition] = dataclasses.field(
+        default_factory=dict, metadata={"kinds": condition_configs, "several": True}
+    )
+
+    def __post_init__(self):
+        conditions.widths(self.conditions)
 
     @property
-    def context_dim(self) -> int:
-        """Width of the context tokens; 0 says that the backbone has no cross-attention."""
-        return 0 if self.conditioner.kind == "none" else self.conditioner.context_dim
+    def widths(self) -> Widths:
+        """Of the signals that the backbone is told."""
+        return conditions.widths(self.conditions)
+
+    @property
+    def network(self) -> Backbone:
+        """The row of the backbone."""
+        return next(b for b in BACKBONES.values() if isinstance(self.backbone, b.config))
 
 
 def init(config: DenoiserConfig, key: jax.Array) -> Any:
     """Parameters as nested dicts of f32 arrays: `backbone` and `conditioner`."""
     backbone_key, conditioner_key = jax.random.split(key)
     return {
-        "backbone": unet.init(config.backbone, backbone_key, config.context_dim),
-        "conditioner": conditioners.init(config.conditioner, conditioner_key),
+        "backbone": config.network.init(config.backbone, backbone_key, config.widths),
+        "conditioner": conditions.init(config.conditions, conditioner_key),
     }
 
 
 def axes(config: DenoiserConfig) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
     return {
-        "backbone": unet.axes(config.backbone, config.context_dim),
-        "conditioner": conditioners.axes(config.conditioner),
+        "backbone": config.network.axes(config.backbone, config.widths),
+        "conditioner": conditions.axes(config.conditions),
     }
 
 
 def apply(
-    config: DenoiserConfig, params: Any, z_t: jax.Array, t: jax.Array, cond: Any
+    config: DenoiserConfig, params: Any, z_t: jax.Array, t: jax.Array, cond: Cond
 ) -> jax.Array:
     """Prediction f32 [B,H,W,C] from z_t f32 [B,H,W,C], times [B], conditions {name: [B,...]}."""
-    context = conditioners.apply(config.conditioner, params["conditioner"], cond)
-    if context is not None:
-        context = constrain(context, "batch", "tokens", "channels")
-    return unet.apply(config.backbone, params["backbone"], z_t, t, context)
-
-
-def condition_names(config: DenoiserConfig) -> tuple[str, ...]:
-    """The entries of a batch that tell this denoiser something."""
-    return tuple(conditioners.null(config.conditioner, 1))
-
-
-def drop_condition(config: DenoiserConfig, cond: Any, drop: jax.Array) -> Any:
-    """Replaces the condition by the null one where `drop` [B] is true."""
-    null = conditioners.null(config.conditioner, drop.shape[0])
-    wide = lambda mask, x: mask.reshape(mask.shape + (1,) * (x.ndim - 1))  # noqa: E731
-    return jax.tree.map(lambda c, n: jnp.where(wide(drop, c), n, c), cond, null)
+    signals = conditions.apply(config.conditions, params["conditioner"], cond)
+    return config.network.apply(config.backbone, params["backbone"], z_t, t, signals)

@@ -1,11 +1,15 @@
-"""The Gaussian latent: posterior draws, its KL divergence, and whitening for the denoiser."""
+"""From a first stage's moments to what a denoiser is trained on, and back: codecs by name.
+
+Moments are [B,h,w,2C], mean and log-variance, of a Gaussian posterior, and the latent itself,
+[B,h,w,C], of a point (VQ models, the identity).
+"""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose
 from ldm_jax.keys import normal_like
 
 
@@ -19,19 +23,6 @@ def sample(moments: jax.Array, keys: jax.Array) -> jax.Array:
     """A posterior draw z [B,h,w,C] from moments [B,h,w,2C]; row i uses keys[i]."""
     mean, logvar = split_moments(moments)
     return mean + jnp.exp(0.5 * logvar) * normal_like(keys, mean)
-
-
-def draw(moments: jax.Array, keys: jax.Array, channels: int) -> jax.Array:
-    """A latent z [B,h,w,C]: a posterior draw, or the latent itself where it has no variance.
-
-    moments are [B,h,w,2C] of a Gaussian and [B,h,w,C] of a point; `channels` is C.
-    """
-    return moments if moments.shape[-1] == channels else sample(moments, keys)
-
-
-def mode(moments: jax.Array, channels: int) -> jax.Array:
-    """The most likely latent [..., C]: the posterior's mean, or the latent itself."""
-    return moments if moments.shape[-1] == channels else split_moments(moments)[0]
 
 
 def kl_to_standard_normal(moments: jax.Array) -> jax.Array:
@@ -95,9 +86,7 @@ def whitening(
         "channel": Whitening(tuple(mean), tuple(std)),
         "none": Whitening((0.0,) * count, (1.0,) * count),
     }
-    if kind not in kinds:
-        known = sorted([*kinds, "fixed"])
-        raise InputError(f"whitening {kind!r} is unknown; choose one of {known}")
+    choose("whitening", kind, sorted([*kinds, "fixed"]))
     return kinds[kind]
 
 
@@ -109,6 +98,48 @@ def _fixed(count: int, scale_factor: tuple[float, ...], shift_factor: tuple[floa
             f"shift_factor of none, one or {count}, not {scale_factor} and {shift_factor}; "
             "Stable Diffusion's is --config.scale_factor=(0.18215,)"
         )
-    spread = lambda values: tuple(values) * (count if len(values) == 1 else 1)  # noqa: E731
-    scale = tuple(1 / s for s in spread(scale_factor))
-    return Whitening(spread(shift_factor or (0.0,)), scale)
+    shift_factor = shift_factor or (0.0,)
+    scale = scale_factor * (count if len(scale_factor) == 1 else 1)
+    shift = shift_factor * (count if len(shift_factor) == 1 else 1)
+    return Whitening(tuple(shift), tuple(1 / s for s in scale))
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleCodec:
+    """The denoiser sees draws of the posterior, or the point that a latent is, whitened.
+
+    The methods are what every codec has; nothing else knows what the channels of z mean.
+    """
+
+    posterior: str  # "gaussian" | "point": what the moments are
+    whitening: Whitening
+
+    @property
+    def channels(self) -> int:
+        """Of z, the denoiser's latent."""
+        return len(self.whitening.shift)
+
+    def encode(self, moments: jax.Array, keys: jax.Array) -> jax.Array:
+        """Moments [B,h,w,M] -> z [B,h,w,channels]; row i of a Gaussian is drawn with keys[i]."""
+        gaussian = self.posterior == "gaussian"
+        return self.whitening.whiten(sample(moments, keys) if gaussian else moments)
+
+    def encode_mode(self, moments: jax.Array) -> jax.Array:
+        """Moments [B,h,w,M] -> the most likely z [B,h,w,channels]; nothing is drawn."""
+        gaussian = self.posterior == "gaussian"
+        return self.whitening.whiten(split_moments(moments)[0] if gaussian else moments)
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """z [..., channels] -> the latent that the first stage decodes [..., C]."""
+        return self.whitening.unwhiten(z)
+
+
+CODECS: dict[str, type] = {"sample": SampleCodec}
+POSTERIORS = ("gaussian", "point")
+
+
+def make_codec(kind: str, posterior: str, whitening: Whitening) -> SampleCodec:
+    """The codec of a name; raises InputError for an unknown one."""
+    choose("codec", kind, CODECS)
+    assert posterior in POSTERIORS, posterior
+    return CODECS[kind](posterior, whitening)

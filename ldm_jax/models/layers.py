@@ -14,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.errors import InputError
-from ldm_jax.sharding import constrain
+from ldm_jax.errors import InputError, choose
+from ldm_jax.sharding import constrain, platform
 
 
 def resolve_dtype(name: str) -> Any:
-    """The dtype of matrix products; "auto" is bfloat16 on TPUs and GPUs and float32 on the CPU."""
+    """The dtype of matrix products; "auto" is bfloat16 on TPUs and GPUs and float32 on the CPU.
+
+    The platform is that of the mesh in use, so that a program is the same wherever it is compiled.
+    """
+    choose("compute_dtype", name, ("auto", "float32", "bfloat16"))
     if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in ("float32", "bfloat16"):
-        raise InputError(f"compute_dtype {name!r} is unknown; choose auto, float32 or bfloat16")
+        name = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
@@ -49,16 +51,17 @@ class Declared(flax.struct.PyTreeNode, nn.meta.AxisMetadata):
         return self.replace(value=val)
 
     def add_axis(self, index, params):
-        return self
+        """Of parameters stacked by a scan over layers; the new axis is on every device whole."""
+        return self.replace(names=(*self.names[:index], None, *self.names[index:]))
 
     def remove_axis(self, index, params):
-        return self
+        return self.replace(names=(*self.names[:index], *self.names[index + 1 :]))
 
 
 def declare(module: nn.Module, name: str, shape: tuple, names: tuple, *, scale=0.0, offset=0.0):
     """A parameter of a Linen module, f32; inside `init` only its declaration counts."""
-    make = lambda key: Declared(jnp.zeros(shape, jnp.float32), names, scale, offset)  # noqa: E731
-    return module.param(name, make)
+    zeros = jnp.zeros(shape, jnp.float32)
+    return module.param(name, lambda key: Declared(zeros, names, scale, offset))
 
 
 def _is_declared(x: Any) -> bool:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.errors import InputError
+from ldm_jax.models.conditions import Signals, Widths
 from ldm_jax.models.layers import (
     Conv,
     Dense,
@@ -29,6 +30,8 @@ from ldm_jax.models.layers import (
     upsample_nearest,
 )
 from ldm_jax.sharding import constrain
+
+EDGES = ("conv_in", "conv_out", "time_in")  # first and last layers, for the optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +148,12 @@ class _CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x, context):
         (b, t, c), heads = x.shape, self.config.heads(x.shape[-1])
-        dense = lambda name: Dense(  # noqa: E731
-            c, ("in_channels", "heads"), use_bias=False, dtype=self.config.dtype, name=name
-        )
-        q, k, v = dense("q")(x), dense("k")(context), dense("v")(context)
+
+        def dense(name, y):
+            names = ("in_channels", "heads")
+            return Dense(c, names, use_bias=False, dtype=self.config.dtype, name=name)(y)
+
+        q, k, v = dense("q", x), dense("k", context), dense("v", context)
         y = attend(*(a.reshape(b, -1, heads, c // heads) for a in (q, k, v))).reshape(b, t, c)
         return Dense(c, ("heads", "in_channels"), dtype=self.config.dtype, name="out")(y)
 
@@ -177,12 +182,12 @@ class _SpatialTransformer(nn.Module):
         y = GroupNorm(self.config.norm_groups, 1e-6, name="norm")(x).reshape(b, h * w, c)
         y = Dense(c, dtype=dtype, name="in")(y)
         for i in range(self.config.transformer_depth):
-            attention = lambda kind: _CrossAttention(self.config, name=f"block{i}_{kind}")  # noqa: B023, E731
-            norm = lambda k: LayerNorm(name=f"block{i}_norm{k}")  # noqa: B023, E731
-            z = norm(1)(y)
-            y = y + attention("self")(z, z)
-            y = y + attention("cross")(norm(2)(y), context)
-            y = y + _FeedForward(self.config, name=f"block{i}_feed_forward")(norm(3)(y))
+            z = LayerNorm(name=f"block{i}_norm1")(y)
+            y = y + _CrossAttention(self.config, name=f"block{i}_self")(z, z)
+            z = LayerNorm(name=f"block{i}_norm2")(y)
+            y = y + _CrossAttention(self.config, name=f"block{i}_cross")(z, context)
+            z = LayerNorm(name=f"block{i}_norm3")(y)
+            y = y + _FeedForward(self.config, name=f"block{i}_feed_forward")(z)
             y = constrain(y, "batch", "tokens", "channels")
         y = Dense(c, zero_init=True, dtype=dtype, name="out")(y)
         return x + y.reshape(b, h, w, c)
@@ -192,14 +197,19 @@ class _UNet(nn.Module):
     config: UNetConfig
 
     @nn.compact
-    def __call__(self, z_t, t, context):
+    def __call__(self, z_t, t, signals):
         c, dtype, last = self.config, self.config.dtype, len(self.config.width_multipliers) - 1
+        context = signals.tokens
         attention = _SelfAttention if context is None else _SpatialTransformer
         e = time_embedding(t, c.width)
         e = Dense(4 * c.width, dtype=dtype, name="time_in")(e)
         e = Dense(4 * c.width, dtype=dtype, name="time_out")(nn.swish(e))
+        if signals.vector is not None:
+            e = e + signals.vector.astype(e.dtype)
         e = constrain(e, "batch", "channels")
 
+        if signals.maps is not None:
+            z_t = jnp.concatenate([z_t, signals.maps], axis=-1)
         x = Conv(c.width, dtype=dtype, name="conv_in")(z_t)
         skips = [x]
         for i, multiplier in enumerate(c.width_multipliers):
@@ -238,32 +248,39 @@ class _UNet(nn.Module):
         return x.astype(jnp.float32)
 
 
-def _declared(config: UNetConfig, context_dim: int) -> Any:
-    side = 2 ** (len(config.width_multipliers) - 1)
-    z = jnp.zeros((1, side, side, config.in_channels))
-    context = jnp.zeros((1, 1, context_dim)) if context_dim else None
-    return declarations(_UNet(config), z, jnp.zeros((1,)), context)
+def _declared(config: UNetConfig, widths: Widths) -> Any:
+    if widths.vector not in (0, 4 * config.width):
+        raise InputError(
+            f"unet: vectors of width {widths.vector} are added to the embedding of the time, whose "
+            f"width is 4 x {config.width}; give conditions vectors of {4 * config.width}"
+        )
+    z = jnp.zeros((1, config.factor, config.factor, config.in_channels))
+    signals = Signals(
+        jnp.zeros((1, widths.vector)) if widths.vector else None,
+        jnp.zeros((1, 1, widths.tokens)) if widths.tokens else None,
+        jnp.zeros((*z.shape[:3], widths.maps)) if widths.maps else None,
+    )
+    return declarations(_UNet(config), z, jnp.zeros((1,)), signals)
 
 
-def init(config: UNetConfig, key: jax.Array, context_dim: int = 0) -> Any:
-    """Parameters as nested dicts of f32 arrays; context_dim 0 is the unconditional model."""
-    return draw_parameters(_declared(config, context_dim), key)
+def init(config: UNetConfig, key: jax.Array, widths: Widths = Widths()) -> Any:
+    """Parameters as nested dicts of f32 arrays; without tokens it is the unconditional model."""
+    return draw_parameters(_declared(config, widths), key)
 
 
-def axes(config: UNetConfig, context_dim: int = 0) -> Any:
+def axes(config: UNetConfig, widths: Widths = Widths()) -> Any:
     """The tree of `init` with a tuple of logical axis names for each parameter."""
-    return parameter_axes(_declared(config, context_dim))
+    return parameter_axes(_declared(config, widths))
 
 
 def apply(
-    config: UNetConfig, params: Any, z_t: jax.Array, t: jax.Array, context: jax.Array | None = None
+    config: UNetConfig, params: Any, z_t: jax.Array, t: jax.Array, signals: Signals = Signals()
 ) -> jax.Array:
-    """Noisy latents f32 [B,H,W,C], times [B], context [B,T,D] or None -> prediction f32 [B,H,W,C].
+    """Noisy latents f32 [B,H,W,C], times [B], signals -> prediction f32 [B,H,W,C].
 
-    H and W must divide by 2 ** (levels - 1).
+    H and W must divide by 2 ** (levels - 1); maps are of z_t's height and width.
     """
-    factor = 2 ** (len(config.width_multipliers) - 1)
-    if z_t.shape[1] % factor or z_t.shape[2] % factor:
-        raise InputError(f"unet: latent side {z_t.shape[1:3]} must divide by {factor}")
+    if z_t.shape[1] % config.factor or z_t.shape[2] % config.factor:
+        raise InputError(f"unet: latent side {z_t.shape[1:3]} must divide by {config.factor}")
     z_t = constrain(z_t, "batch", "height", "width", "channels")
-    return _UNet(config).apply({"params": params}, z_t, t, context)
+    return _UNet(config).apply({"params": params}, z_t, t, signals)

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
+import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -16,35 +17,107 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from ldm_jax.errors import InputError
-from ldm_jax.runs.settings import Run
-from ldm_jax.runs.workdir import default_fields
+from ldm_jax.errors import InputError, choose
+from ldm_jax.runs.settings import Run, todays, todays_override
+
+
+def kinds_of(field: dataclasses.Field) -> dict[str, type] | None:
+    """Kind -> dataclass, of a field whose value is a row of a table; None of any other."""
+    kinds = field.metadata.get("kinds")
+    return kinds() if kinds else None
+
+
+def plain(value: Any) -> Any:
+    """A config dataclass as nested dicts. A row of a table has its `kind` beside its fields."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {f.name: _plain_field(f, getattr(value, f.name)) for f in dataclasses.fields(value)}
+
+
+def _plain_field(field: dataclasses.Field, value: Any) -> Any:
+    kinds = kinds_of(field)
+    if kinds is None:
+        return plain(value)
+
+    def row(value: Any) -> dict[str, Any]:
+        kind = next(k for k, cls in kinds.items() if type(value) is cls)
+        return {"kind": kind, **plain(value)}
+
+    if field.metadata.get("several"):
+        return {name: row(v) for name, v in value.items()}
+    return row(value)
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as values of JSON: what run.json holds."""
+    return json.loads(json.dumps(plain(config)))
+
+
+def default_fields(cls: type) -> dict[str, Any]:
+    """The defaults of a config dataclass, groups of fields as dicts."""
+    out = {}
+    for field in dataclasses.fields(cls):
+        made = field.default_factory is not dataclasses.MISSING
+        out[field.name] = _plain_field(field, field.default_factory() if made else field.default)
+    return out
 
 
 def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
-    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
     for name in values:
-        if name not in hints:
-            close = difflib.get_close_matches(name, hints, 1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(hints)}"
+        if name not in names:
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {sorted(names)}"
             raise InputError(f"{where}.{name} is not a field; {hint}")
+
+
+def _group(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is {value!r}; it must be a group of fields")
+    return value
+
+
+def _row(kinds: dict[str, type], values: Any, name: str, where: str) -> tuple[str, dict[str, Any]]:
+    """(kind, fields) of a row; one among several is of the kind of its name where it says none."""
+    fields = dict(_group(values, where))
+    usual = name if name in kinds else next(iter(kinds))
+    kind = fields.pop("kind", usual)
+    choose(f"{where}.kind", kind, kinds)
+    return kind, fields
+
+
+def _without_none(rows: dict[str, Any]) -> dict[str, Any]:
+    """Rows but for those of kind "none": so the command line leaves one out."""
+    return {n: v for n, v in rows.items() if not (isinstance(v, dict) and v.get("kind") == "none")}
 
 
 def build(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     """A dataclass from nested plain values; InputError for unknown fields and wrong types."""
+    values = todays(cls, values)
     _check_names(cls, values, where)
-    hints = typing.get_type_hints(cls)
-    built = {}
-    for name, value in values.items():
-        kind = hints[name]
-        field = f"{where}.{name}"
-        if dataclasses.is_dataclass(kind):
-            if not isinstance(value, dict):
-                raise InputError(f"{field} is {value!r}; it must be a group of fields")
-            built[name] = build(kind, value, field)
+    hints, built = typing.get_type_hints(cls), {}
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        value, place = values[field.name], f"{where}.{field.name}"
+        kinds = kinds_of(field)
+        if kinds and field.metadata.get("several"):
+            rows = _without_none(_group(value, place))
+            built[field.name] = {
+                n: _build_row(kinds, v, n, f"{place}.{n}") for n, v in rows.items()
+            }
+        elif kinds:
+            built[field.name] = _build_row(kinds, value, "", place)
+        elif dataclasses.is_dataclass(hints[field.name]):
+            built[field.name] = build(hints[field.name], _group(value, place), place)
         else:
-            built[name] = _typed(kind, value, field)
+            built[field.name] = _typed(hints[field.name], value, place)
     return cls(**built)
+
+
+def _build_row(kinds: dict[str, type], values: Any, name: str, where: str) -> Any:
+    kind, fields = _row(kinds, values, name, where)
+    return build(kinds[kind], fields, where)
 
 
 def _typed(kind: Any, value: Any, field: str) -> Any:
@@ -67,20 +140,44 @@ def config_dict(cls: type, *layers: dict[str, Any]) -> ml_collections.ConfigDict
     """
     filled = default_fields(cls)
     for values in layers:
-        filled = _fill(cls, filled, values, "config")
+        filled = _fill(cls, filled, todays(cls, values), "config")
     return ml_collections.ConfigDict(filled, convert_dict=True)
 
 
 def _fill(cls: type, defaults: dict[str, Any], values: dict[str, Any], where: str) -> dict:
     _check_names(cls, values, where)
     hints, filled = typing.get_type_hints(cls), dict(defaults)
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise InputError(f"{where}.{name} is {value!r}; it must be a group of fields")
-            value = _fill(hints[name], defaults[name], value, f"{where}.{name}")
-        filled[name] = value
+    for field in dataclasses.fields(cls):
+        if field.name not in values:
+            continue
+        value, place = values[field.name], f"{where}.{field.name}"
+        before, kinds = defaults[field.name], kinds_of(field)
+        if kinds and field.metadata.get("several"):
+            rows = _without_none(_group(value, place))
+            gone = _group(value, place).keys() - rows.keys()
+            kept = {n: v for n, v in before.items() if n not in gone}
+            value = kept | {
+                n: _fill_row(kinds, before.get(n), v, n, f"{place}.{n}") for n, v in rows.items()
+            }
+        elif kinds:
+            value = _fill_row(kinds, before, value, "", place)
+        elif dataclasses.is_dataclass(hints[field.name]):
+            value = _fill(hints[field.name], before, _group(value, place), place)
+        filled[field.name] = value
     return filled
+
+
+def _fill_row(kinds: dict[str, type], before: Any, values: Any, name: str, where: str) -> dict:
+    """A row with every field it has; those of `before` where that is of the same kind."""
+    before = before or {}
+    kind, fields = _row(kinds, {**_kind_of(before), **_group(values, where)}, name, where)
+    filled = default_fields(kinds[kind]) if before.get("kind") != kind else dict(before)
+    filled.pop("kind", None)
+    return {"kind": kind, **_fill(kinds[kind], filled, fields, where)}
+
+
+def _kind_of(row: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": row["kind"]} if "kind" in row else {}
 
 
 def load_config_file(spec: str) -> dict[str, Any]:
@@ -113,14 +210,16 @@ def load_run(cls: type[Run], spec: str, overrides: list[str]) -> Run:
 
 def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]) -> Run:
     """The settings in `values`, defaults filled in, changed by `--config.field=value` arguments."""
-    config = config_dict(cls, values)
-    holder = flags.FlagValues()
-    arguments = ["ldm", *overrides]
+    overrides = [todays_override(cls, argument) for argument in overrides]
+    # Which kind a row is decides what fields there are, so that is looked at first.
+    layers, overrides = _kinds_first(cls, overrides)
+    filled = config_dict(cls, values, *layers)
+    holder, arguments = flags.FlagValues(), ["ldm", *overrides]
     try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=holder, sys_argv=arguments)
+        config_flags.DEFINE_config_dict("config", filled, flag_values=holder, sys_argv=arguments)
         rest = holder(arguments)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(_override_error(cls, overrides, error)) from error
+        raise InputError(_override_error(filled.to_dict(), overrides, error)) from error
     if len(rest) > 1:
         raise InputError(
             f"argument {rest[1]!r} is not understood; overrides are --config.field=value"
@@ -128,8 +227,44 @@ def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]
     return build(cls, holder.config.to_dict())
 
 
-def _override_error(cls: type, overrides: list[str], error: Exception) -> str:
-    known = _paths(cls)
+def _kinds_first(cls: type, overrides: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """What overrides say of kinds, and which rows they name, as values; and all other overrides."""
+    layers, others = [], []
+    rows = _row_fields(cls)
+    for argument in overrides:
+        path, _, value = argument.removeprefix("--config.").partition("=")
+        group = next((row for row in rows if path.startswith(f"{row}.")), "")
+        name, _, field = path[len(group) + 1 :].partition(".") if group else ("", "", "")
+        if group and rows[group] and field:  # one among several
+            layers.append(_nested(f"{group}.{name}", {"kind": value} if field == "kind" else {}))
+            others += [argument] if field != "kind" else []
+        elif group and not rows[group] and name == "kind":
+            layers.append(_nested(path, value))
+        else:
+            others.append(argument)
+    return layers, others
+
+
+def _row_fields(cls: type, prefix: str = "") -> dict[str, bool]:
+    """Path of every field whose value is a row of a table -> whether it holds several."""
+    found, hints = {}, typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        path = f"{prefix}{field.name}"
+        if kinds_of(field):
+            found[path] = bool(field.metadata.get("several"))
+        elif dataclasses.is_dataclass(hints[field.name]):
+            found |= _row_fields(hints[field.name], f"{path}.")
+    return found
+
+
+def _nested(path: str, value: Any) -> dict[str, Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
+
+
+def _override_error(filled: dict[str, Any], overrides: list[str], error: Exception) -> str:
+    known = _paths(filled)
     for argument in overrides:
         name = argument.removeprefix("--").removeprefix("no").split("=")[0].removeprefix("config.")
         if name not in known:
@@ -143,9 +278,9 @@ def _override_error(cls: type, overrides: list[str], error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _paths(cls: type, prefix: str = "") -> list[str]:
+def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
     found = []
-    for name, kind in typing.get_type_hints(cls).items():
+    for name, value in values.items():
         path = f"{prefix}{name}"
-        found += [path, *_paths(kind, f"{path}.")] if dataclasses.is_dataclass(kind) else [path]
+        found += [path, *_paths(value, f"{path}.")] if isinstance(value, dict) else [path]
     return found

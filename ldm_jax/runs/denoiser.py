@@ -7,7 +7,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
-from ldm_jax.models import denoiser, latents
+from ldm_jax.models import conditions, denoiser
+from ldm_jax.models.latents import SampleCodec
+from ldm_jax.runs.build import codec_of, facts_of_record
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.settings import DenoiserRun
@@ -51,7 +53,7 @@ class Model:
     step: int
     which: str
     first_stage: Any
-    whitening: latents.Whitening
+    codec: SampleCodec
     latent_shape: tuple[int, int, int]
     mesh: Mesh
     guide: Guide | None = None
@@ -85,10 +87,10 @@ def load_model(
     guide = None
     if which.autoguided:
         guide = _load_guide(workdir, guide_workdir, guide_run, which, weights, mesh)
-    whitening = latents.Whitening(*(tuple(data["whitening"][k]) for k in ("shift", "scale")))
-    shape = tuple(data["latent_shape"])
+    facts = facts_of_record({"data": data}, first_stage.config.posterior)
+    codec, shape = codec_of(run, facts), facts.latent_shape
     return Model(
-        run, weights.params, weights.step, weights.which, first_stage, whitening, shape, mesh, guide
+        run, weights.params, weights.step, weights.which, first_stage, codec, shape, mesh, guide
     )
 
 
@@ -123,15 +125,20 @@ def _check_guide(
     same |= {"encoder_hash": (its_data["encoder_hash"][:12], data["encoder_hash"][:12])}
     same |= {"process": (guide.process, run.process)}
     same |= {"parameterisation": (guide.objective.parameterisation, run.objective.parameterisation)}
-    if guide.model.conditioner.kind != "none":
-        told = lambda c: (c.kind, c.num_classes)  # noqa: E731
-        same |= {"conditioner": (told(guide.model.conditioner), told(run.model.conditioner))}
+    if guide.model.conditions:
+        theirs, ours = (conditions.entries(r.model.conditions) for r in (guide, run))
+        same |= {"conditions": (theirs, ours), "classes": (_classes(guide), _classes(run))}
     for name, (theirs, ours) in same.items():
         if theirs != ours:
             raise InputError(
                 f"guide {where} has {name} {theirs}, but the model has {ours}; give as "
                 "--guide-workdir a run on the same latents, process and classes"
             )
+
+
+def _classes(run: DenoiserRun) -> dict[str, int]:
+    counts = {n: getattr(c, "num_classes", 0) for n, c in run.model.conditions.items()}
+    return {name: count for name, count in counts.items() if count}
 
 
 def _read(workdir: Path) -> tuple[DenoiserRun, dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The denoising loss of held-out latents on draws that never change, while a denoiser trains."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 from zlib import crc32
@@ -10,13 +11,15 @@ from jax.sharding import Mesh
 
 from ldm_jax.data.latent_cache import LatentCache
 from ldm_jax.errors import InputError
+from ldm_jax.models import conditions
+from ldm_jax.runs.build import LatentFacts, denoising_of
 from ldm_jax.runs.reconstruction import spread
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.sharding import batch_sharding, host_array, process_slice, put_batch, use_mesh
-from ldm_jax.train.gradient import POSITION
-from ldm_jax.train.loop import Evaluate
+from ldm_jax.train.denoiser import PerExample, bin_of, per_example
+from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.state import TrainState
-from ldm_jax.train.steps import PerExample, bin_of
+from ldm_jax.train.step import POSITION
 
 SEED = crc32(b"eval")
 """Of the draws: no run's own, so that runs of different seeds are judged on the same noise."""
@@ -35,7 +38,8 @@ def compile_losses(
 
     def forward(params, rows):
         with use_mesh(mesh):
-            return losses(params, rows, 0)
+            examples = losses(params, {}, rows, 0)
+            return examples.loss, examples.times
 
     forward = jax.jit(forward, out_shardings=batch_sharding(mesh))
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -57,31 +61,32 @@ def compile_losses(
     return measure
 
 
-def make_evaluation(
-    config: DenoiserRun, mesh: Mesh, cache: LatentCache, names: set[str], losses: PerExample
-) -> Evaluate:
-    """What `loop.train` calls every `eval_every` steps: `loss`, and with `loss_bins` that by time.
+def hook(config: DenoiserRun, facts: LatentFacts, mesh: Mesh, cache: LatentCache) -> Hook:
+    """Every `eval_every` steps the held-out `loss`, and with `loss_bins` that by time.
 
     Of the averaged weights, or the raw ones without an average, on `eval_examples` spread over a
-    held-out `cache`; `names` are the entries of a batch that `losses` wants, conditions are kept.
+    held-out `cache`; conditions are kept.
     """
     if not len(cache):
         raise InputError(
             f"latent cache {cache.directory} is empty; set --config.eval_every=0, or hold images "
             "out when the first stage is trained"
         )
+    kept = dataclasses.replace(config.loss, condition_dropout=0.0)
+    losses = per_example(dataclasses.replace(denoising_of(config, facts), loss=kept, seed=SEED))
     indices = spread(len(cache), config.eval_examples)
     rows = cache.read(indices, indices)
+    batch = {"moments": rows["moments"], **conditions.read(config.model.conditions, rows)}
     size = min(max(1, config.batch_size // config.accumulate), len(indices))
-    measure = compile_losses(losses, {n: rows[n] for n in names}, indices, mesh, size)
+    measure = compile_losses(losses, batch, indices, mesh, size)
 
-    def evaluate(state: TrainState, step: int):
-        value, times = measure(state.ema or state.params)
+    def evaluate(state: TrainState, step: int) -> Report:
+        value, times = measure(state.weights)
         figures = {"loss": float(value.mean(dtype=np.float64))}
         if config.loss_bins:
             bins = np.asarray(bin_of(times, config.loss_bins))
             for k in np.unique(bins):
                 figures[f"loss_bin/{k}"] = float(value[bins == k].mean(dtype=np.float64))
-        return figures, {}
+        return Report(figures)
 
-    return evaluate
+    return Hook(config.eval_every, evaluate)

@@ -16,10 +16,13 @@ from ldm_jax.models.frozen import lpips as perceptual_net
 from ldm_jax.runs.first_stage import FirstStage
 from ldm_jax.runs.settings import AutoencoderRun
 from ldm_jax.sharding import batch_sharding, host_array, process_slice, put_batch, use_mesh
-from ldm_jax.train.loop import Evaluate
+from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.state import TrainState
 
 Reconstruct = Callable[[Any, np.ndarray], np.ndarray]  # (parameters, uint8 [N,H,W,3]) -> the same
+
+# (originals, reconstructions), uint8 [B,H,W,3] each -> f32 [B]
+Lpips = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 SHOWN = 8  # examples in a grid
 LPIPS_BATCH = 16
@@ -76,7 +79,7 @@ def reconstruct(
     return forward(first_stage.params, pictures)
 
 
-def compile_lpips(params: Any) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def compile_lpips(params: Any) -> Lpips:
     """(originals, reconstructions), uint8 [B,H,W,3] each -> LPIPS f32 [B], on one device.
 
     LPIPS_BATCH images at a time: at 256 pixels each takes tens of megabytes of features.
@@ -102,21 +105,14 @@ def spread(count: int, limit: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(limit, count)).round().astype(np.int64)
 
 
-def make_evaluation(
-    config: AutoencoderRun,
-    mesh: Mesh,
-    *,
-    lpips: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
-) -> Evaluate | None:
-    """What `loop.train` calls every `eval_every` steps; None where that is 0.
+def evaluation_hook(config: AutoencoderRun, mesh: Mesh, lpips: Lpips | None = None) -> Hook:
+    """Every `eval_every` steps the figures and pictures of held-out reconstructions.
 
-    Figures of the averaged weights, or the raw ones without an average, on `eval_images` held-out
-    images spread over the split; pictures with originals over reconstructions: `fixed`, the same
-    examples every time, and `worst`, those of the lowest PSNR. Raises InputError when there are no
-    such images.
+    Of the averaged weights, or the raw ones without an average, on `eval_images` held-out images
+    spread over the split; pictures with originals over reconstructions: `fixed`, the same examples
+    every time, and `worst`, those of the lowest PSNR. Raises InputError when there are no such
+    images.
     """
-    if not config.eval_every:
-        return None
     source = open_images(config.images, "held_out", augment=False)
     indices = spread(len(source), config.eval_images)
     pictures = source.read(indices, indices)["image"]
@@ -125,20 +121,23 @@ def make_evaluation(
     forward = compile_reconstruction(config.model, mesh, size)
     fixed = np.linspace(0, len(pictures) - 1, min(SHOWN, len(pictures))).round().astype(int)
 
-    def evaluate(state: TrainState, step: int):
+    def evaluate(state: TrainState, step: int) -> Report:
         parts = []
 
         def rebuild(batch):
-            parts.append(forward(state.ema or state.params, batch))
+            parts.append(forward(state.weights, batch))
             return parts[-1]
 
         figures = measure(rebuild, batches, lpips=lpips)
         rebuilt = np.concatenate(parts)
         worst = np.argsort(psnr(pictures, rebuilt), kind="stable")[:SHOWN]
         shown = {"fixed": fixed, "worst": worst}
-        return figures, {
-            name: grid(np.concatenate([pictures[rows], rebuilt[rows]]), len(rows))
-            for name, rows in shown.items()
-        }
+        return Report(
+            figures,
+            {
+                name: grid(np.concatenate([pictures[rows], rebuilt[rows]]), len(rows))
+                for name, rows in shown.items()
+            },
+        )
 
-    return evaluate
+    return Hook(config.eval_every, evaluate)

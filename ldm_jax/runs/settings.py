@@ -1,22 +1,22 @@
 """What a run is told: one frozen dataclass per kind of training; `config_files` fills them."""
 
 import dataclasses
+from typing import Any
 
 from ldm_jax.data.images import ImagesConfig
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.process import ProcessConfig
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose, within
 from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.models.autoencoder import AutoencoderConfig
 from ldm_jax.models.denoiser import DenoiserConfig
 from ldm_jax.sharding import MeshConfig
 from ldm_jax.train.adversarial import AdversarialConfig
-from ldm_jax.train.autoencoder_step import accumulates
+from ldm_jax.train.denoiser import DenoiserLoss
 from ldm_jax.train.ema import EmaConfig
-from ldm_jax.train.first_stage_loss import AutoencoderLoss, Recipe
+from ldm_jax.train.first_stage import AutoencoderLoss, Recipe
 from ldm_jax.train.loop import LoopConfig
 from ldm_jax.train.optim import OptimConfig
-from ldm_jax.train.steps import DenoiserLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +48,13 @@ class AutoencoderRun:
 
     def __post_init__(self):
         loop_config(self)
-        if self.accumulate > 1 and not accumulates(self.recipe):
+        if self.accumulate > 1 and self.recipe.needs_whole_batches:
             raise InputError(
                 f"accumulate {self.accumulate}: an adversary and a codebook are trained on the "
                 "whole batch of a step; set --config.accumulate=1, or --config.adversarial.weight=0"
                 " with a KL model"
             )
-        if self.train not in ("all", "decoder"):
-            raise InputError(f"train {self.train!r} is unknown; choose one of ('all', 'decoder')")
+        choose("train", self.train, ("all", "decoder"))
         if self.model.image_channels != 3:
             raise InputError(
                 f"model.image_channels {self.model.image_channels} must be 3: images are RGB"
@@ -81,8 +80,7 @@ class AutoencoderRun:
                 f"sees images of at least {3 * 2**layers} pixels a side; use larger images or "
                 "--config.adversarial.discriminator.num_layers=2"
             )
-        if self.eval_images < 1:
-            raise InputError(f"eval_images {self.eval_images} must be at least 1")
+        within("eval_images", self.eval_images, "[1, inf)")
         if self.images.resolution != self.model.resolution:
             raise InputError(
                 f"images.resolution {self.images.resolution} must equal model.resolution "
@@ -131,6 +129,7 @@ class DenoiserRun:
     autoencoder: str = ""  # workdir of the first stage
     latents: str = ""  # latent cache; empty = AUTOENCODER/latents
     flip: bool = False  # train on mirrored images half of the time
+    codec: str = "sample"  # what the denoiser's latent is, a name in models.latents.CODECS
     whitening: str = "global"  # "global" 1/std | "channel" mean and std of each | "none" | "fixed"
     scale_factor: tuple[float, ...] = ()  # "fixed": (z - shift_factor) * scale_factor,
     shift_factor: tuple[float, ...] = ()  # one number or one a channel
@@ -144,15 +143,13 @@ class DenoiserRun:
 
     def __post_init__(self):
         loop_config(self)
-        if self.eval_examples < 1:
-            raise InputError(f"eval_examples {self.eval_examples} must be at least 1")
+        within("eval_examples", self.eval_examples, "[1, inf)")
         if self.samples.num and not self.eval_every:
             raise InputError(
                 f"samples.num {self.samples.num} are judged at every evaluation, and eval_every is "
                 "0; set --config.eval_every"
             )
-        if self.loss_bins < 0:
-            raise InputError(f"loss_bins {self.loss_bins} must be at least 0, which logs none")
+        within("loss_bins", self.loss_bins, "[0, inf)", "0 logs none")
 
 
 Run = AutoencoderRun | DenoiserRun
@@ -162,9 +159,38 @@ def loop_config(run: Run) -> LoopConfig:
     """The loop's part of a run; raises InputError for a seed or a pace out of range."""
     if not 0 <= run.seed < 2**32:
         raise InputError(f"seed {run.seed} must be in 0..2**32 - 1")
-    if run.accumulate < 1:
-        raise InputError(f"accumulate {run.accumulate} must be at least 1")
-    if run.data_threads < 1:
-        raise InputError(f"data_threads {run.data_threads} must be at least 1")
+    within("accumulate", run.accumulate, "[1, inf)")
+    within("data_threads", run.data_threads, "[1, inf)")
     names = [f.name for f in dataclasses.fields(LoopConfig) if hasattr(run, f.name)]
     return LoopConfig(**{name: getattr(run, name) for name in names})
+
+
+def todays(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """A run's plain values in today's words; those of earlier versions are still understood."""
+    if cls is not DenoiserRun:
+        return values
+    values = dict(values)
+    loss, model = values.get("loss"), values.get("model")
+    if isinstance(loss, dict) and "label_dropout" in loss:
+        kept = {n: v for n, v in loss.items() if n != "label_dropout"}
+        values["loss"] = {**kept, "condition_dropout": loss["label_dropout"]}
+    if isinstance(model, dict) and isinstance(model.get("conditioner"), dict):
+        row = {"kind": "class", **model["conditioner"]}
+        if row["kind"] == "none":
+            row = {"kind": "none"}
+        kept = {n: v for n, v in model.items() if n != "conditioner"}
+        values["model"] = {**kept, "conditions": {"class": row, **kept.get("conditions", {})}}
+    return values
+
+
+def todays_override(cls: type, argument: str) -> str:
+    """`--config.field=value` in today's words."""
+    if cls is not DenoiserRun:
+        return argument
+    for old, new in (
+        ("--config.loss.label_dropout=", "--config.loss.condition_dropout="),
+        ("--config.model.conditioner.", "--config.model.conditions.class."),
+    ):
+        if argument.startswith(old):
+            return new + argument.removeprefix(old)
+    return argument

@@ -1,109 +1,53 @@
-"""What both trainings share: a fresh state, the compiled step, the order of the data, the loop."""
+"""What both trainings share once they are built: the order of the data, hooks and the loop."""
 
-import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from clu import parameter_overview
-from jax.sharding import Mesh
 
 from ldm_jax.data import stream
 from ldm_jax.data.order import Order
-from ldm_jax.errors import InputError
-from ldm_jax.keys import key_for
 from ldm_jax.runs.settings import Run, loop_config
 from ldm_jax.sharding import process_slice
-from ldm_jax.train import ema, loop
-from ldm_jax.train.state import TrainState, init_state
-from ldm_jax.train.steps import Step
-
-
-def check_traces(compute: Callable[[jax.Array, Any], Any], batch: Any) -> None:
-    """Traces compute(key, batch) on shapes alone: what can't run is refused before any work.
-
-    Raises InputError with the reason.
-    """
-    try:
-        jax.eval_shape(compute, jax.eval_shape(lambda: jax.random.key(0)), batch)
-    except InputError:
-        raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"config.model does not fit together: {reason}; check its sizes"
-        ) from error
+from ldm_jax.train import hooks as hooks_lib
+from ldm_jax.train import loop
+from ldm_jax.train.hooks import Hook
+from ldm_jax.train.state import TrainState
+from ldm_jax.train.step import Trainer
 
 
 def fit(
-    name: str,
     run: Run,
     workdir: Path,
-    mesh: Mesh,
-    *,
-    init: Callable[[jax.Array], Any],
-    axes: Any,
-    optimizer: optax.GradientTransformation,
-    make_step: Callable[[TrainState], Step],
+    trainer: Trainer,
     read: stream.Read,
     order: Order,
-    init_extra: Callable[[Any], Any] | None = None,
-    extra_axes: Any = (),
-    train_extra: bool = False,
+    *,
+    name: str,
+    frozen: Any = None,
     start_from: Any = None,
-    evaluate: loop.Evaluate | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> TrainState:
     """Trains to `run.num_steps` in `workdir`, from its newest checkpoint when it has one.
 
-    `init` makes the parameters from a key and `axes` names their logical axes; `make_step` compiles
-    the step for a tree of shardings; `read` gives a batch of host arrays for dataset indices [b]
-    and stream positions [b], in the given `order`. `start_from` are parameters to begin with
-    instead. `evaluate` is called every `run.eval_every` steps.
+    `read` gives a batch of host arrays for dataset indices [b] and stream positions [b], in the
+    given `order`. `frozen` are the networks of `trainer.abstract_frozen`. `start_from` are
+    parameters to begin with instead of random ones.
     """
-    state, shardings = init_state(
-        lambda: init(key_for(run.seed, "init")),
-        axes,
-        optimizer,
-        mesh,
-        with_ema=run.ema.decay > 0,
-        averages=ema.average_names(run.ema),
-        init_extra=init_extra,
-        extra_axes=extra_axes,
-        train_extra=train_extra,
-    )
-    if start_from is not None:
-        copy = lambda p: jax.tree.map(jnp.copy, p)  # noqa: E731
-        begin = jax.jit(
-            lambda p: (
-                copy(p),
-                copy(p) if run.ema.decay else {},
-                init_extra(p) if init_extra else {},
-                {name: copy(p) for name in shardings.averages},
-            ),
-            out_shardings=(
-                shardings.params,
-                shardings.ema,
-                shardings.extra,
-                shardings.averages,
-            ),
-        )
-        params, main, extra, averages = begin(start_from)
-        state = dataclasses.replace(state, params=params, ema=main, extra=extra, averages=averages)
     if jax.process_index() == 0:
-        overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+        params = trainer.abstract_state.params
+        overview = parameter_overview.get_parameter_overview(params, include_stats=False)
         print(overview, file=sys.stderr)
-    index, count = process_slice(run.batch_size, mesh)
-    return loop.train(
-        loop_config(run),
-        workdir=workdir,
-        name=name,
-        state=state,
-        step=make_step(shardings),
-        batches=lambda start: stream.batches(
+    index, count = process_slice(run.batch_size, trainer.mesh)
+    if run.ema.snapshot_every:
+        # First: a later hook that fails must not leave a gap that no resume fills.
+        hooks = [hooks_lib.snapshots(workdir, run.ema.snapshot_every), *hooks]
+
+    def batches(start: int) -> loop.Batches:
+        return stream.batches(
             read,
             order,
             run.batch_size,
@@ -111,9 +55,18 @@ def fit(
             shard_index=index,
             shard_count=count,
             num_threads=run.data_threads,
-        ),
-        batch_size=run.batch_size,
-        mesh=mesh,
-        evaluate=evaluate,
-        snapshot_every=run.ema.snapshot_every,
+        )
+
+    frozen = jax.device_put(
+        frozen or {}, jax.tree.map(lambda s: s.sharding, trainer.abstract_frozen)
+    )
+    return loop.train(
+        loop_config(run),
+        trainer,
+        frozen,
+        batches,
+        workdir=workdir,
+        name=name,
+        start_from=start_from,
+        hooks=hooks,
     )

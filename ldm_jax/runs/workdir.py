@@ -1,6 +1,5 @@
 """The run directory: `run.json` says what ran, and a second start is held against it."""
 
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -14,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
+from ldm_jax.runs.config_files import build, to_json
 
 PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -122,7 +122,7 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
         check_trainable(workdir)
         previous = read_run(workdir)
         # A field that is newer than the run had its default then.
-        previous["config"] = _filled(previous["config"], default_fields(type(config)))
+        previous["config"] = to_json(build(type(config), previous["config"]))
         check_same(workdir, previous, record)
         history = previous.pop("history", [])
         record["history"] = [
@@ -188,27 +188,6 @@ def _is_free(key: str, config: dict[str, Any]) -> bool:
     if key == "num_steps":
         return config.get("optim.schedule") != "cosine"
     return key.split(".")[0] in FREE_FIELDS
-
-
-def default_fields(cls: type) -> dict[str, Any]:
-    """The defaults of a config dataclass, groups of fields as dicts."""
-    plain = lambda v: (  # noqa: E731
-        dataclasses.asdict(v) if dataclasses.is_dataclass(v) and not isinstance(v, type) else v
-    )
-    return {f.name: plain(f.default) for f in dataclasses.fields(cls)}
-
-
-def _filled(values: Any, defaults: Any) -> Any:
-    """`values` as JSON has them, with every default that they lack."""
-    if not isinstance(values, dict) or not isinstance(defaults, dict):
-        return values
-    known = {name: _filled(value, defaults.get(name)) for name, value in values.items()}
-    return json.loads(json.dumps(defaults)) | known
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def write_json(path: Path, content: Any) -> None:

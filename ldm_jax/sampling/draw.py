@@ -9,6 +9,7 @@ import numpy as np
 
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
+from ldm_jax.models import conditions
 from ldm_jax.runs.denoiser import Model
 from ldm_jax.sampling.guidance import check_guidance
 from ldm_jax.sampling.inputs import check_sizes, latent_shape, read_images
@@ -37,18 +38,15 @@ def check_options(settings: SampleOptions, model: Model) -> SampleOptions:
     check_steps(settings, make_process(model.run.process))
     check_guidance(settings, model)
     check_sizes(settings, model)
-    conditioner, classes = model.run.model.conditioner, settings.classes
-    if conditioner.kind == "none":
+    count, classes = conditions.num_classes(model.run.model.conditions), settings.classes
+    if not count:
         if classes:
             raise InputError("this denoiser is unconditional; leave out --classes and --guidance")
     else:
-        classes = classes or tuple(range(conditioner.num_classes))
-        bad = [c for c in classes if not 0 <= c < conditioner.num_classes]
+        classes = classes or tuple(range(count))
+        bad = [c for c in classes if not 0 <= c < count]
         if bad:
-            raise InputError(
-                f"class {bad[0]} is unknown; this denoiser has classes "
-                f"0..{conditioner.num_classes - 1}"
-            )
+            raise InputError(f"class {bad[0]} is unknown; this denoiser has classes 0..{count - 1}")
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     batch = settings.batch_size or -(-min(settings.num, 100) // ways) * ways
     check_batch(batch, model.mesh)

@@ -7,7 +7,7 @@ from ldm_jax.diffusion import guidance
 from ldm_jax.diffusion.parameterisation import target, x0_and_eps
 from ldm_jax.diffusion.process import Denoiser, Process, native_time
 from ldm_jax.errors import InputError
-from ldm_jax.models import conditioners
+from ldm_jax.models import conditions
 from ldm_jax.runs.denoiser import Model
 from ldm_jax.sampling.options import SampleOptions
 
@@ -27,14 +27,14 @@ def check_guidance(settings: SampleOptions, model: Model) -> None:
         return
     if settings.guidance == 1:
         return
-    if model.run.model.conditioner.kind == "none":
+    if not model.run.model.conditions:
         raise InputError(
             "this denoiser is unconditional; leave out --classes and --guidance, or give "
             "--guide-workdir to lead away from a worse denoiser"
         )
-    if model.run.loss.label_dropout == 0:
+    if model.run.loss.condition_dropout == 0:
         raise InputError(
-            f"guidance {settings.guidance}: this denoiser was trained with label_dropout 0 and "
+            f"guidance {settings.guidance}: this denoiser was trained with condition_dropout 0 and "
             "knows no null condition; leave --guidance out, or give --guide-workdir to lead away "
             "from a worse denoiser"
         )
@@ -62,7 +62,7 @@ def guided(
     process: Process,
     denoise: Denoiser,
     guide: Denoiser | None,
-    batch: int,
+    cond: conditions.Cond,
     scales: dict[str, jax.Array],
 ) -> Denoiser:
     """The denoiser itself where guidance is 1; else led away from `guide` or its null condition.
@@ -75,7 +75,7 @@ def guided(
     if guide is not None:
         contrast = guidance.bad_and_good(guide, denoise)
     else:
-        null = conditioners.null(model.run.model.conditioner, batch)
+        null = conditions.unconditioned(model.run.model.conditions, cond)
         contrast = guidance.null_and_cond(denoise, null)
     rule = guidance.extrapolate(scales["scale"])
     if settings.guidance_projection:

@@ -77,7 +77,7 @@ def label_table(settings: SampleOptions, kind: str) -> Callable[[np.ndarray], np
 
 def labels_kind(run: DenoiserRun, labels: str) -> str:
     """What the protocol says of the labels."""
-    return labels if run.model.conditioner.kind != "none" else "none"
+    return labels if run.model.conditions else "none"
 
 
 def sampling(settings: SampleOptions, model: Model) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ldm_jax.diffusion.process import Denoiser, Process, at_network, make_proces
 from ldm_jax.diffusion.tiling import tiled
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
-from ldm_jax.models import autoencoder, denoiser
+from ldm_jax.models import autoencoder, conditions, denoiser
 from ldm_jax.runs.denoiser import Model
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.sampling.guidance import guidance_scales, guided
@@ -89,7 +89,7 @@ def compile_sampler(model: Model, settings: SampleOptions) -> Program:
     process = make_process(run.process)
     grid, shape = steps_taken(settings, process), latent_shape(settings, model)
     solver, options = samplers.SAMPLERS[settings.sampler], sampler_options(settings)
-    conditional = run.model.conditioner.kind != "none"
+    entries = conditions.entries(run.model.conditions)
     noised = settings.strength < 1
     if settings.progressive:
         options |= {"every": settings.progressive}
@@ -104,14 +104,15 @@ def compile_sampler(model: Model, settings: SampleOptions) -> Program:
             if "image" in rows:
                 x = autoencoder.to_unit(rows["image"])
                 moments = autoencoder.encode(first_stage, weights["first_stage"], x)
-                z0 = model.whitening.whiten(autoencoder.mode(first_stage, moments))
+                z0 = model.codec.encode_mode(moments)
             if "mask" in rows:
                 more["known"] = samplers.Known(z0, known_latents(rows["mask"], first_stage.factor))
+            cond = {name: rows[name] for name in entries}
             drawn = solver(
-                prediction(model, settings, process, weights, numbers, len(index)),
+                prediction(model, settings, process, weights, numbers, cond),
                 grid,
                 grid.start(noise, z0 if noised else None),
-                {"label": rows["label"]} if conditional else {},
+                cond,
                 keys("sampler_noise"),
                 **options,
                 **more,
@@ -131,7 +132,7 @@ def prediction(
     process: Process,
     weights: dict[str, Any],
     numbers: dict[str, Any],
-    batch: int,
+    cond: conditions.Cond,
 ) -> Predict:
     """What the sampler speaks to: the network, in tiles, guided, and its x0 limited."""
     network = lambda run, params: at_network(  # noqa: E731
@@ -144,7 +145,7 @@ def prediction(
         process,
         network(model.run, weights["denoiser"]),
         guide,
-        batch,
+        cond,
         numbers["guidance"],
     )
     predict = predictor(process, model.run.objective.parameterisation, denoise)
@@ -154,18 +155,18 @@ def prediction(
 
 
 def in_tiles(settings: SampleOptions, model: Model, run: DenoiserRun, params: Any) -> Denoiser:
-    """The network of `run`, which is told nothing where it has no conditioner."""
-    conditional = run.model.conditioner.kind != "none"
+    """The network of `run`, which is told nothing where it has no conditions."""
+    entries = conditions.entries(run.model.conditions)
 
     def network(z_t: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
-        return denoiser.apply(run.model, params, z_t, t, cond if conditional else {})
+        return denoiser.apply(run.model, params, z_t, t, {name: cond[name] for name in entries})
 
     return tiled(network, *latent_tiles(settings, model)) if settings.tile else network
 
 
 def to_images(model: Model, first_stage_params: Any, z0: jax.Array) -> jax.Array:
     """Latents of the denoiser f32 [B,h,w,C] -> uint8 [B,H,W,3]."""
-    z = model.whitening.unwhiten(z0)
+    z = model.codec.decode(z0)
     return autoencoder.to_uint8(autoencoder.decode(model.first_stage.config, first_stage_params, z))
 
 

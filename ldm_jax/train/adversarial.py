@@ -80,9 +80,12 @@ def adaptive_weight(
 
     Esser et al., CVPR 2021, eq. 7, with the published offset of 1e-4.
     """
-    norm = lambda g: jnp.sqrt(jnp.square(g).sum())  # noqa: E731
-    ratio = norm(reconstruction_gradient) / (norm(generator_gradient) + 1e-4)
+    ratio = _norm(reconstruction_gradient) / (_norm(generator_gradient) + 1e-4)
     return jnp.clip(ratio, 0.0, limit)
+
+
+def _norm(gradient: jax.Array) -> jax.Array:
+    return jnp.sqrt(jnp.square(gradient).sum())
 
 
 def start(
@@ -105,8 +108,12 @@ def started(config: AdversarialConfig, params: Any, x_hat: jax.Array, step: jax.
     """The discriminator's parameters; at `start`, act norms are set by the reconstructions."""
     if config.discriminator.norm != "act":
         return params
-    begin = lambda p: discriminator.start_act_norm(config.discriminator, p, x_hat)  # noqa: E731
-    return jax.lax.cond(step == config.start, begin, lambda p: p, params)
+    return jax.lax.cond(
+        step == config.start,
+        lambda p: discriminator.start_act_norm(config.discriminator, p, x_hat),
+        lambda p: p,
+        params,
+    )
 
 
 def discriminator_turn(
@@ -166,9 +173,11 @@ def _discriminator_loss(config, params, carried, x, x_hat, step):
         )
     if config.gradient_penalty:
         # Of each image's mean logit, so that the penalty's meaning does not grow with its size.
-        logits = lambda images: (  # noqa: E731
-            discriminator.apply(config.discriminator, params, images)[0].mean((1, 2, 3)).sum()
-        )
+        def logits(images):
+            return (
+                discriminator.apply(config.discriminator, params, images)[0].mean((1, 2, 3)).sum()
+            )
+
         slope = jnp.square(jax.grad(logits)(x)).sum((1, 2, 3)).mean()
         loss += 0.5 * config.gradient_penalty * slope
     return loss, (real.mean(), fake.mean(), (of_real, of_fake))

@@ -1,8 +1,9 @@
 """Checkpoints through orbax: written in the background, restored on any mesh, never half there.
 
-One folder per step holds the items `params`, `ema` (when an average is kept), `ema-NAME` (of each
-average beside it), `optimizer`, `extra` (when the training carries more) and `meta` (JSON), so that
-a later job can read one of them alone.
+One folder per step holds the items `params`, those of the averages by their names (`ema`,
+`ema-0.999`, ...), `optimizer`, `extra` (when the training carries more) and `meta` (JSON), so that
+a later job can read one of them alone. `ema/snapshots` keeps power-function averages over a whole
+training, from which any width is made afterwards.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from ldm_jax.errors import InputError
 from ldm_jax.sharding import key_name
+from ldm_jax.train.ema import POWER, power_name
 from ldm_jax.train.state import TrainState
 
 logging.getLogger("absl").addFilter(lambda record: "orbax" not in record.pathname)
@@ -122,10 +124,9 @@ class Checkpoints:
         state = TrainState(
             step=jax.device_put(jnp.asarray(step, jnp.int32), like.step.sharding),
             params=restored["params"],
-            ema=restored["ema"] if like.ema else {},
             opt_state=restored["optimizer"],
+            averages={name: restored[name] for name in like.averages},
             extra=restored["extra"] if like.extra else {},
-            averages={name: restored[f"ema-{name}"] for name in like.averages},
         )
         return state, dict(restored["meta"])
 
@@ -194,9 +195,8 @@ def _score(metrics: Any) -> float:
 
 def _trees(state: TrainState) -> dict[str, Any]:
     """The items of arrays of a state, by name; empty ones are not written."""
-    trees = {"params": state.params, "optimizer": state.opt_state}
-    trees |= {name: getattr(state, name) for name in ("ema", "extra") if getattr(state, name)}
-    return trees | {f"ema-{name}": tree for name, tree in state.averages.items()}
+    extra = {"extra": state.extra} if state.extra else {}
+    return {"params": state.params, "optimizer": state.opt_state, **extra, **state.averages}
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -264,3 +264,62 @@ def save_params(workdir: Path, params: Any, step: int, meta: dict[str, Any]) -> 
         checkpoints.wait()
     finally:
         checkpoints.close()
+
+
+class Snapshots:
+    """`ema/snapshots/STEP/power-WIDTH` of one run directory; all of them are kept."""
+
+    def __init__(self, workdir: Path, *, read_only: bool = False):
+        write_alone()
+        self.folder = Path(workdir).absolute() / "ema" / "snapshots"
+        options = ocp.CheckpointManagerOptions(
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
+            # The checkpoints' manager waits at barriers of its own.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix="snapshots"
+            ),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def save(self, state: TrainState) -> None:
+        """Starts writing; returns as soon as the buffers are safe to donate.
+
+        What a resumed run comes by again, it has made again, and it is left as it is.
+        """
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = {
+            name.removeprefix("ema-"): ocp.args.StandardSave(tree)
+            for name, tree in state.averages.items()
+            if name.startswith(POWER)
+        }
+        if not self._manager.save(step, args=ocp.args.Composite(**items), force=True):
+            raise RuntimeError(f"snapshot of step {step} was not written to {self.folder}")
+
+    def kept(self) -> list[tuple[int, float]]:
+        """(step, width) of every average there is, by step."""
+        found = []
+        for step in sorted(self._manager.all_steps()):
+            names = sorted(p.name for p in (self.folder / str(step)).iterdir() if p.is_dir())
+            widths = [n.removeprefix("power-") for n in names if n.startswith("power-")]
+            found += [(step, float(width)) for width in widths]
+        return found
+
+    def load(self, step: int, width: float, like: Any) -> Any:
+        """One average, placed as `like` (shapes, types, shardings) says."""
+        name = power_name(width).removeprefix("ema-")
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore(like)})
+        return self._manager.restore(step, args=args)[name]
+
+    def wait(self) -> None:
+        """Blocks until everything that was saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()

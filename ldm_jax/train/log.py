@@ -1,7 +1,6 @@
-"""Metrics on disk: `metrics.jsonl` always, TensorBoard events beside it, no TensorFlow anywhere.
+"""Metrics: means between two lines of `metrics.jsonl`, and TensorBoard events beside them.
 
-The writers speak clu's MetricWriter interface (write_scalars, write_images, write_texts,
-write_hparams, flush, close), so that anything written for clu takes them.
+The writers have the methods of clu's MetricWriter that are called here; TensorFlow is nowhere.
 """
 
 # Protocol buffers make their classes when they are imported, out of a type checker's sight.
@@ -9,18 +8,61 @@ write_hparams, flush, close), so that anything written for clu takes them.
 
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2
-from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-from tensorboard.util.tensor_util import make_tensor_proto
+
+
+class Meter:
+    """Means of metrics since the last log line; its content goes into checkpoints.
+
+    So the metrics of a resumed run equal those of an unbroken one bit for bit, wherever it stopped.
+    Of a pair "name/sum" and "name/count" the line has `name`, the sums over the counts, where
+    anything was counted. Skipped steps are counted as "skipped_steps" and left out of the means.
+    """
+
+    def __init__(self, pending: list[dict[str, float]] | None = None, skipped_in_a_row: int = 0):
+        self.pending = list(pending or [])
+        self.skipped_in_a_row = skipped_in_a_row
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint keeps. A copy: it is written while the next steps add theirs."""
+        return {"pending_metrics": list(self.pending), "skipped_in_a_row": self.skipped_in_a_row}
+
+    def add(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Takes in a step's metrics and gives them as numbers; blocks until the step has run."""
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if values.pop("skipped", 0.0) or not math.isfinite(values.get("loss", 0.0)):
+            self.pending.append({"skipped": 1.0})
+            self.skipped_in_a_row += 1
+        else:
+            self.pending.append(values)
+            self.skipped_in_a_row = 0
+        return values
+
+    def flush(self) -> dict[str, float]:
+        """The line of the steps since the last one."""
+        counted = [m for m in self.pending if "skipped" not in m]
+        skipped = len(self.pending) - len(counted)
+        self.pending = []
+        line = {}
+        for name in dict.fromkeys(name for m in counted for name in m):
+            values = [m[name] for m in counted if name in m]
+            if name.endswith("/sum"):
+                count = sum(m[f"{name[:-4]}/count"] for m in counted if name in m)
+                line |= {name[:-4]: sum(values) / count} if count else {}
+            elif not name.endswith("/count"):
+                line[name] = float(np.mean(values))
+        return line | ({"skipped_steps": float(skipped)} if skipped else {})
 
 
 class JsonlWriter:
@@ -36,12 +78,6 @@ class JsonlWriter:
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Images go to TensorBoard only."""
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        """Texts go to TensorBoard only."""
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Hyper-parameters stand in run.json."""
 
     def flush(self) -> None:
         self._file.flush()
@@ -84,20 +120,6 @@ class TensorBoardWriter:
             values.append(summary_pb2.Summary.Value(tag=name, image=image))
         self._add(step, summary=summary_pb2.Summary(value=values))
 
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        values = [
-            summary_pb2.Summary.Value(
-                tag=f"{k}/text_summary",
-                metadata=text_metadata.create_summary_metadata(k, ""),
-                tensor=make_tensor_proto([v.encode()], dtype="string", shape=(1,)),
-            )
-            for k, v in texts.items()
-        ]
-        self._add(step, summary=summary_pb2.Summary(value=values))
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        self.write_texts(0, {"config": "```\n" + json.dumps(dict(hparams), indent=2) + "\n```"})
-
     def flush(self) -> None:
         self._writer.flush()
 
@@ -118,14 +140,6 @@ class MultiWriter:
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         for writer in self._writers:
             writer.write_images(step, images)
-
-    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        for writer in self._writers:
-            writer.write_texts(step, texts)
-
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        for writer in self._writers:
-            writer.write_hparams(hparams)
 
     def flush(self) -> None:
         for writer in self._writers:

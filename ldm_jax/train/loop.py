@@ -7,23 +7,21 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ldm_jax.errors import InputError
 from ldm_jax.sharding import put_batch
 from ldm_jax.train.checkpoint import Checkpoints
-from ldm_jax.train.log import make_writer
-from ldm_jax.train.meter import Meter
-from ldm_jax.train.snapshots import Snapshots
-from ldm_jax.train.state import TrainState, abstract_like
-from ldm_jax.train.steps import Step
+from ldm_jax.train.hooks import Hook
+from ldm_jax.train.log import Meter, make_writer
+from ldm_jax.train.state import TrainState
+from ldm_jax.train.step import Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +55,7 @@ class LoopConfig:
 
 
 GREATER_IS_BETTER = ("psnr", "ssim", "is", "precision", "recall", "density", "coverage")
-# (state, step) -> figures, and pictures uint8 [H,W,3], both by name.
-Evaluate = Callable[[TrainState, int], tuple[dict[str, float], dict[str, np.ndarray]]]
+Batches = Generator[dict[str, np.ndarray], None, None]
 
 
 class _StopRequest:
@@ -87,25 +84,22 @@ class _StopRequest:
 
 def train(
     config: LoopConfig,
+    trainer: Trainer,
+    frozen: Any,
+    batches: Callable[[int], Batches],
     *,
     workdir: Path,
     name: str,
-    state: TrainState,
-    step: Step,
-    batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]],
-    batch_size: int,
-    mesh: Mesh,
-    evaluate: Evaluate | None = None,
-    snapshot_every: int = 0,
+    start_from: Any = None,
+    hooks: Sequence[Hook] = (),
 ) -> TrainState:
     """Runs to `num_steps`, from the newest checkpoint in `workdir` when there is one.
 
-    `batches(start)` yields this process's slices of the global batches from step `start` on: the
-    data position is the step and nothing else. Raises whatever the data raises, after saving the
-    last complete step; exits with 128 + signal when asked to stop, likewise. Every process calls
-    `evaluate`; its figures are a line of their own, written before the checkpoint of their step.
-    Power-function averages are kept in `ema/snapshots` every `snapshot_every` steps, 0 = never, and
-    at the end.
+    Else it begins with a fresh state, or with the parameters `start_from`. `batches(start)` yields
+    this process's slices of the global batches from step `start` on: the data position is the
+    step and nothing else. Raises whatever the data or a hook raises, after saving the last
+    complete step; exits with 128 + signal when asked to stop, likewise. The figures of all hooks
+    that are due at a step are one line, written before the checkpoint of their step.
     """
     is_main = jax.process_index() == 0
     lock = lock_workdir(workdir) if is_main else None
@@ -115,73 +109,60 @@ def train(
         keep_every=config.keep_every,
         keep_best=bool(config.keep_best),
     )
-    meter, start = Meter(), checkpoints.latest() or 0
-    best, score = checkpoints.best() if config.keep_best else 0.0, None
+    start = checkpoints.latest() or 0
     if start > config.num_steps:
         raise InputError(
             f"num_steps {config.num_steps} is less than the {start} that workdir {workdir} has "
             "done; give a larger number, or train in a new workdir"
         )
-    if start:
-        like = abstract_like(state)
-        jax.tree.map(lambda x: x.delete(), state)  # two states would not fit where one just does
-        state, meta = checkpoints.restore(start, like)
-        meter = Meter(meta["pending_metrics"], meta.get("skipped_in_a_row", 0))
-    snapshots = Snapshots(workdir) if snapshot_every else None
+    state, meter = _begin(trainer, checkpoints, start, start_from)
+    best = checkpoints.best() if config.keep_best else 0.0
     writer = make_writer(workdir, resume_step=start, is_main=is_main)
-    save = lambda: checkpoints.save(state, meter.content(), score)  # noqa: E731
+    log = _Log(config, writer, meter, _batch_size(trainer), start)
     bar = _progress(name, start, config.num_steps, is_main)
-    stream, late, owed = batches(start), None, False
-    clock, clock_step = time.perf_counter(), start
+    stream, owed, score = batches(start), False, None
     try:
         with _StopRequest() as stop:
             for n in range(start, config.num_steps):
                 try:
                     host = next(stream)
-                    batch = {name: rows for name, rows in host.items() if name != "index"}
-                    batch = put_batch(batch, mesh, batch_size)
+                    batch = {name: host[name] for name in trainer.batch_spec}
+                    batch = put_batch(batch, trainer.mesh, log.batch_size)
                 except Exception:
                     # Alone we can save what is done; with peers, they would wait for us in vain.
-                    if late is not None and jax.process_count() == 1:
-                        _record(late, meter, n, config, writer, clock, clock_step, batch_size)
-                        save()
+                    if log.waiting and jax.process_count() == 1:
+                        log.take_in(n)
+                        checkpoints.save(state, meter.content(), score)
                     raise
-                state, metrics = step(state, batch)
-                if late is not None:
-                    _record(late, meter, n, config, writer, clock, clock_step, batch_size)
-                    if n % config.log_every == 0:
-                        clock, clock_step = time.perf_counter(), n
-                late = metrics, host.get("index", ())
+                state, metrics = trainer.step(state, frozen, batch)
+                log.take_in(n)
+                log.waiting = metrics, host.get("index", ())
                 done, score = n + 1, None
                 stopping = bool(stop.signal) or checkpoints.reached_preemption(done)
                 last = done == config.num_steps
                 saving = stopping or owed or done % config.checkpoint_every == 0 or last
-                keeping = snapshots and (done % snapshot_every == 0 or last)
-                due = config.eval_every and (done % config.eval_every == 0 or last)
-                if saving or keeping or (evaluate and due):
-                    _record(late, meter, done, config, writer, clock, clock_step, batch_size)
-                    late = None
-                if evaluate and due:
-                    began = time.perf_counter()
+                due = [hook for hook in hooks if done % hook.every == 0 or last]
+                if saving or due:
+                    log.take_in(done)
+                if due:
                     try:
-                        figures, pictures = evaluate(state, done)
+                        figures = log.report(done, due, state)
                         score = score_of(figures, config.keep_best)
-                        _write_evaluation(figures, pictures, done, writer)
                     except Exception:
                         if jax.process_count() == 1:
-                            save()  # what was trained outlives a fault in judging it
+                            # What was trained outlives a fault in judging it.
+                            for hook in hooks:
+                                hook.settle()
+                            checkpoints.save(state, meter.content(), None)
                         raise
-                    clock += time.perf_counter() - began  # no part of the images per second
                     if score is not None and score > best:
                         best, saving = score, True
-                if snapshots and keeping:
-                    snapshots.save(state)
                 # What cannot take a step may be past mending: the last good checkpoint stays.
                 owed = bool(saving and meter.skipped_in_a_row and not (stopping or last))
                 if saving and not owed:
-                    if snapshots:
-                        snapshots.wait()  # else a kill could leave a gap that no resume fills
-                    save()
+                    for hook in hooks:
+                        hook.settle()  # else a kill could leave a gap that no resume fills
+                    checkpoints.save(state, meter.content(), score)
                 elif jax.default_backend() == "cpu":
                     # Fake devices share one thread pool; two steps in flight can starve each other.
                     jax.block_until_ready(metrics)
@@ -192,8 +173,8 @@ def train(
                     raise SystemExit(128 + (stop.signal or signal.SIGTERM))
     finally:
         bar.close()
-        if snapshots:
-            snapshots.close()
+        for hook in hooks:
+            hook.close()
         checkpoints.wait()
         checkpoints.close()
         writer.close()
@@ -201,6 +182,75 @@ def train(
         if lock:
             lock.close()
     return state
+
+
+def _begin(
+    trainer: Trainer, checkpoints: Checkpoints, start: int, start_from: Any
+) -> tuple[TrainState, Meter]:
+    """The state to go on from, and the metrics that no line has yet."""
+    if not start:
+        state = trainer.init() if start_from is None else trainer.init_from(start_from)
+        return state, Meter()
+    state, meta = checkpoints.restore(start, trainer.abstract_state)
+    return state, Meter(meta["pending_metrics"], meta.get("skipped_in_a_row", 0))
+
+
+def _batch_size(trainer: Trainer) -> int:
+    return next(iter(trainer.batch_spec.values())).shape[0]
+
+
+class _Log:
+    """Takes in each step's metrics one step late, so that no step waits for a number."""
+
+    def __init__(self, config: LoopConfig, writer: Any, meter: Meter, batch_size: int, start: int):
+        self.config, self.writer, self.meter, self.batch_size = config, writer, meter, batch_size
+        self.waiting: tuple[Any, Any] | None = None  # metrics of a step, and its examples
+        self._clock, self._since = time.perf_counter(), start
+
+    def take_in(self, done: int) -> None:
+        """Takes in the metrics of the `done`-th step, and writes a line when one is due."""
+        if self.waiting is None:
+            return
+        (metrics, index), self.waiting = self.waiting, None
+        values = self.meter.add(metrics)
+        if self.meter.skipped_in_a_row:
+            self._skipped(done, values, index)
+        if done % self.config.log_every and done != self.config.num_steps:
+            return
+        rate = (done - self._since) / max(time.perf_counter() - self._clock, 1e-9)
+        speed = {"time/images_per_second": rate * self.batch_size}
+        self.writer.write_scalars(done, self.meter.flush() | speed)
+        self.writer.flush()
+        self._clock, self._since = time.perf_counter(), done
+
+    def _skipped(self, done: int, values: dict[str, float], index: Any) -> None:
+        figures = f"the loss of step {done} is {values.get('loss')}"
+        if "grad_norm" in values:
+            figures += f", its gradient's norm {values['grad_norm']}"
+        in_a_row = self.meter.skipped_in_a_row
+        if in_a_row > self.config.max_bad_steps:
+            if self.config.max_bad_steps:
+                figures += f", and so it was {in_a_row} times in a row"
+            raise InputError(
+                f"{figures}: training has diverged, and this was not saved; use a lower "
+                "optim.lr or a smaller optim.clip_norm, in a new workdir"
+            )
+        # Every process tells of the examples that it read.
+        examples = ", ".join(str(int(i)) for i in index)
+        print(f"{figures}: it is skipped; it had the examples {examples}", file=sys.stderr)
+
+    def report(self, done: int, hooks: Sequence[Hook], state: TrainState) -> dict[str, float]:
+        """Runs the hooks and writes what they find; the figures of all of them."""
+        began = time.perf_counter()
+        reports = [hook.run(state, done) for hook in hooks]
+        figures = {n: x for report in reports if report for n, x in report.figures.items()}
+        pictures = {n: x for report in reports if report for n, x in report.pictures.items()}
+        if figures or pictures:
+            self.writer.write_scalars(done, {f"eval/{n}": x for n, x in figures.items()})
+            self.writer.write_images(done, {f"eval/{n}": x for n, x in pictures.items()})
+            self.writer.flush()
+        self._clock += time.perf_counter() - began  # no part of the images per second
+        return figures
 
 
 def lock_workdir(workdir: Path) -> IO[str] | None:
@@ -223,44 +273,12 @@ def lock_workdir(workdir: Path) -> IO[str] | None:
     return file
 
 
-def _record(late, meter, done, config, writer, clock, clock_step, batch_size) -> None:
-    """Takes in the metrics of the `done`-th step and writes a line when one is due."""
-    metrics, index = late
-    values = meter.add(metrics)
-    if meter.skipped_in_a_row:
-        figures = f"the loss of step {done} is {values.get('loss')}"
-        if "grad_norm" in values:
-            figures += f", its gradient's norm {values['grad_norm']}"
-        if meter.skipped_in_a_row > config.max_bad_steps:
-            if config.max_bad_steps:
-                figures += f", and so it was {meter.skipped_in_a_row} times in a row"
-            raise InputError(
-                f"{figures}: training has diverged, and this was not saved; use a lower "
-                "optim.lr or a smaller optim.clip_norm, in a new workdir"
-            )
-        # Every process tells of the examples that it read.
-        examples = ", ".join(str(int(i)) for i in index)
-        print(f"{figures}: it is skipped; it had the examples {examples}", file=sys.stderr)
-    if done % config.log_every and done != config.num_steps:
-        return
-    rate = (done - clock_step) / max(time.perf_counter() - clock, 1e-9)
-    scalars = meter.flush()
-    writer.write_scalars(done, scalars | {"time/images_per_second": rate * batch_size})
-    writer.flush()
-
-
-def _write_evaluation(scalars, images, done, writer) -> None:
-    writer.write_scalars(done, {f"eval/{name}": value for name, value in scalars.items()})
-    writer.write_images(done, {f"eval/{name}": image for name, image in images.items()})
-    writer.flush()
-
-
 def score_of(figures: dict[str, float], keep_best: str) -> float | None:
     """What is greater the better the figure named is; None where no figure is, or it is not finite.
 
-    Raises InputError where the evaluation has no such figure.
+    Raises InputError where an evaluation has no such figure.
     """
-    if not keep_best:
+    if not keep_best or not figures:
         return None
     for name, value in figures.items():
         if name.startswith(keep_best):

@@ -8,7 +8,7 @@ goes to AdamW at the same learning rate: an orthogonal update is scaled to the R
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -22,7 +22,6 @@ from ldm_jax.sharding import key_name
 MUON_RMS = (
     0.2  # of an update over the learning rate, as AdamW's (Liu et al., 2025, arXiv 2502.16982)
 )
-EDGE_LAYERS = ("conv_in", "conv_out", "time_in", "adapter")  # first and last: not Muon's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,26 +130,32 @@ def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
 
 def matrices(params: Any) -> Any:
     """True for kernels of rank >= 2, False for biases, norms, embeddings and codebooks."""
-    is_matrix = lambda path, p: key_name(path[-1]) == "kernel" and p.ndim >= 2  # noqa: E731
-    return jax.tree_util.tree_map_with_path(is_matrix, params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: key_name(path[-1]) == "kernel" and p.ndim >= 2, params
+    )
 
 
 MASKS: dict[str, Callable[[Any], Any] | None] = {"all": None, "matrices": matrices}
 
 
-def muon_dimensions(params: Any) -> Any:
-    """Which axes of a hidden matrix are its two, None for what AdamW takes; the module says why."""
+def muon_dimensions(params: Any, edges: Collection[str]) -> Any:
+    """Which axes of a hidden matrix are its two, None for what AdamW takes; the module says why.
+
+    `edges` are the names of a model's first and last layers.
+    """
 
     def dimensions(path, p):
         names = [key_name(k) for k in path]
-        hidden = names[-1] == "kernel" and not set(names) & set(EDGE_LAYERS)
+        hidden = names[-1] == "kernel" and not set(names) & set(edges)
         matrix = p.ndim == 2 or (p.ndim == 4 and p.shape[:2] == (1, 1))
         return MuonDimensionNumbers(-2, -1) if hidden and matrix else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def _adamw(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+def _adamw(
+    config: OptimConfig, rate: optax.Schedule, edges: Collection[str] = ()
+) -> optax.GradientTransformation:
     mask = MASKS[config.weight_decay_mask]
     return optax.adamw(
         rate,
@@ -162,18 +167,27 @@ def _adamw(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransform
     )
 
 
-def _adam(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+def _adam(
+    config: OptimConfig, rate: optax.Schedule, edges: Collection[str]
+) -> optax.GradientTransformation:
     return optax.adam(rate, b1=config.b1, b2=config.b2, eps=config.eps)
 
 
-def _lion(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+def _lion(
+    config: OptimConfig, rate: optax.Schedule, edges: Collection[str]
+) -> optax.GradientTransformation:
     mask = MASKS[config.weight_decay_mask]
     return optax.lion(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=mask)
 
 
-def _adafactor(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+def _adafactor(
+    config: OptimConfig, rate: optax.Schedule, edges: Collection[str]
+) -> optax.GradientTransformation:
     """Absolute steps, so that AdamW's learning rate is about right; factored from 128 x 128 on."""
-    decay = lambda n: config.weight_decay * rate(n)  # noqa: E731  optax's own is not times the rate
+
+    def decay(n: Any) -> Any:  # optax's own is not times the rate
+        return config.weight_decay * rate(n)
+
     return optax.adafactor(
         rate,
         multiply_by_parameter_scale=False,
@@ -183,22 +197,28 @@ def _adafactor(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTrans
     )
 
 
-def _muon(config: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+def _muon(
+    config: OptimConfig, rate: optax.Schedule, edges: Collection[str]
+) -> optax.GradientTransformation:
+    def dimensions(params: Any) -> Any:
+        return muon_dimensions(params, edges)
+
+    def labels(params: Any) -> Any:
+        found = dimensions(params)
+        return jax.tree.map(lambda _, d: "adamw" if d is None else "muon", params, found)
+
     # optax's muon would give the rest to AdamW with Nesterov's momentum: another update.
     matrices = optax.contrib.muon(
         rate,
         beta=config.momentum,
         weight_decay=config.weight_decay,
-        muon_weight_dimension_numbers=muon_dimensions,
+        muon_weight_dimension_numbers=dimensions,
         consistent_rms=MUON_RMS,
-    )
-    labels = lambda params: jax.tree.map(  # noqa: E731
-        lambda _, d: "adamw" if d is None else "muon", params, muon_dimensions(params)
     )
     return optax.partition({"muon": matrices, "adamw": _adamw(config, rate)}, labels)
 
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adam": _adam,
     "adafactor": _adafactor,
@@ -207,11 +227,16 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTran
 }
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, num_steps: int, edges: Collection[str] = ()
+) -> optax.GradientTransformation:
     """Clipping, then the optimizer with decoupled weight decay.
+
+    `edges` are the names of the model's first and last layers, which Muon leaves to AdamW.
 
     The state is made of trees like the parameters, so it is sharded as they are; Adafactor's row
     and column statistics, of lower rank, are replicated.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, OPTIMIZERS[config.name](config, learning_rate(config, num_steps)))
+    rate = learning_rate(config, num_steps)
+    return optax.chain(clip, OPTIMIZERS[config.name](config, rate, edges))

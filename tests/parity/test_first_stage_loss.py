@@ -17,7 +17,7 @@ from ldm_jax.interop.autoencoder_names import diffusers_names, shapes
 from ldm_jax.keys import normal_like
 from ldm_jax.models import autoencoder, discriminator, quantizer
 from ldm_jax.train import adversarial
-from ldm_jax.train.first_stage_loss import AutoencoderLoss, Recipe, autoencoder_loss
+from ldm_jax.train.first_stage import AutoencoderLoss, Recipe, autoencoder_loss
 from ldm_jax.train.steps import draw_keys
 from tests.parity import reference, test_discriminator, test_perceptual
 

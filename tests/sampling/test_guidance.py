@@ -241,6 +241,6 @@ def test_guidance_that_the_model_does_not_know_is_refused(model, guided_model):
     assert check_options(led, dataclasses.replace(guided_model, run=untold)).classes == ()
     with pytest.raises(InputError, match="without its guide"):
         check_options(led, model)
-    never = dataclasses.replace(run, loss=dataclasses.replace(run.loss, label_dropout=0.0))
-    with pytest.raises(InputError, match=r"label_dropout 0 .*--guide-workdir"):
+    never = dataclasses.replace(run, loss=dataclasses.replace(run.loss, condition_dropout=0.0))
+    with pytest.raises(InputError, match=r"condition_dropout 0 .*--guide-workdir"):
         check_options(FEW, dataclasses.replace(model, run=never))

@@ -11,7 +11,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.keys import normal_like
 from ldm_jax.models import autoencoder, discriminator, latents, quantizer
 from ldm_jax.train import adversarial
-from ldm_jax.train.first_stage_loss import (
+from ldm_jax.train.first_stage import (
     AutoencoderLoss,
     Recipe,
     autoencoder_loss,

@@ -152,8 +152,8 @@ def test_losses_that_make_no_sense_are_refused():
     with pytest.raises(InputError, match=r"loss 'l3' is unknown; choose one of \['l1', 'l2'\]"):
         steps.DenoiserLoss("l3")
     for share in (-0.1, 1.0):
-        with pytest.raises(InputError, match=rf"label_dropout {share} must be in \[0, 1\)"):
-            steps.DenoiserLoss(label_dropout=share)
+        with pytest.raises(InputError, match=rf"condition_dropout {share} must be in \[0, 1\)"):
+            steps.DenoiserLoss(condition_dropout=share)
 
 
 OPTIM = optim.OptimConfig(lr=0.1, warmup_steps=4, clip_norm=1.0)

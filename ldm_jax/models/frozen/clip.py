@@ -71,9 +71,8 @@ def image_features(config: ClipConfig, params: Any, x: jax.Array) -> jax.Array:
     side = config.resolution
     assert x.shape[1:] == (side, side, 3), f"CLIP takes images of {side} pixels, not {x.shape}"
     p = params["vision"]
-    row = lambda v: jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1)  # noqa: E731
     with jax.default_matmul_precision("highest"):  # else accelerators round to bf16 or TF32
-        h = vit.patches(p["patch"], (x / 255.0 - row(MEAN)) / row(STD))
+        h = vit.patches(p["patch"], vit.normalised(x / 255.0, MEAN, STD))
         first = jnp.broadcast_to(p["class"].reshape(1, 1, -1), (len(x), 1, h.shape[-1]))
         h = jnp.concatenate([first, h], 1) + p["position"][None]
         h = vit.norm(p["norm_in"], h, EPSILON)

@@ -56,9 +56,8 @@ def apply(config: DinoConfig, params: Any, x: jax.Array) -> jax.Array:
     _, height, width, _ = x.shape
     rows, columns = height // config.patch, width // config.patch
     assert (rows * config.patch, columns * config.patch) == (height, width), x.shape
-    row = lambda v: jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1)  # noqa: E731
     with jax.default_matmul_precision("highest"):  # else accelerators round to bf16 or TF32
-        h = vit.patches(params["patch"]["kernel"], (x / 255.0 - row(MEAN)) / row(STD))
+        h = vit.patches(params["patch"]["kernel"], vit.normalised(x / 255.0, MEAN, STD))
         h = h + params["patch"]["bias"].reshape(1, 1, -1)
         first = jnp.broadcast_to(params["class"].reshape(1, 1, -1), (len(x), 1, config.width))
         h = jnp.concatenate([first, h], 1) + _position(config, params["position"], rows, columns)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.models.frozen.vit import leaf
+
 SIDE = 299  # pixels; other sides from 75 work too, and give other features
 TAPS = {
     "64": 64,
@@ -151,7 +153,6 @@ BLOCKS = {
 
 def shapes() -> dict[str, Any]:
     """The tree of parameters as shapes: kernels HWIO and biases by block and layer, `logits`."""
-    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
 
     def entry(conv, c_in):
         kernel = leaf(conv.height, conv.width, c_in, conv.features)

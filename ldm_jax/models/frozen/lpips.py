@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ldm_jax.models.frozen.vit import channel_row, normalised
 from ldm_jax.sharding import constrain
 
 # Convolutions of VGG16 by block; LPIPS looks at the last activation of each.
@@ -22,6 +23,15 @@ def shapes() -> dict[str, Any]:
     """The tree of parameters as shapes: those of the trunk, and lin{block} weights."""
     lines = {f"lin{b}": jax.ShapeDtypeStruct(w[-1:], jnp.float32) for b, w in enumerate(BLOCKS)}
     return trunk_shapes() | lines
+
+
+def axes() -> dict[str, Any]:
+    """The tree of `shapes` with a tuple of logical axis names for each parameter."""
+
+    def names(leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+        return (None, None, "in_channels", "out_channels") if leaf.ndim == 4 else (None,)
+
+    return jax.tree.map(names, shapes())
 
 
 def trunk_shapes() -> dict[str, Any]:
@@ -40,18 +50,19 @@ def trunk_shapes() -> dict[str, Any]:
 
 def features(params: Any, x: jax.Array) -> list[jax.Array]:
     """Images f32 [B,H,W,3] in [-1,1] -> five maps [B,H/2^i,W/2^i,C_i], f32."""
-    row = lambda v: jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1)  # noqa: E731
-    h = (constrain(x, "batch", "height", "width", "channels") - row(SHIFT)) / row(SCALE)
+    h = normalised(constrain(x, "batch", "height", "width", "channels"), SHIFT, SCALE)
     maps = []
     for b, widths in enumerate(BLOCKS):
         if b:
             h = max_pool(h)
         for i in range(len(widths)):
             p = params[f"conv{b}_{i}"]
+            # Gathered at its use, as in models/layers.py.
+            kernel = constrain(p["kernel"], None, None, None, None)
             h = jax.lax.conv_general_dilated(
-                h, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                h, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
             )
-            h = jax.nn.relu(h + row(p["bias"]))
+            h = jax.nn.relu(h + channel_row(p["bias"]))
         maps.append(h)
     return maps
 

@@ -4,7 +4,7 @@ The blocks' parameters are stacked, [L,...] for L blocks, and `lax.scan` runs ov
 Dosovitskiy et al., ICLR 2021.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,16 @@ import jax.numpy as jnp
 
 def leaf(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def channel_row(values: Any) -> jax.Array:
+    """A number for each channel, to stand beside images: f32 [1,1,1,C]."""
+    return jnp.asarray(values, jnp.float32).reshape(1, 1, 1, -1)
+
+
+def normalised(x: jax.Array, mean: Sequence[float], std: Sequence[float]) -> jax.Array:
+    """Images [B,H,W,C] less the mean of each channel, over its deviation."""
+    return (x - channel_row(mean)) / channel_row(std)
 
 
 def norm_shapes(*shape: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The loss of a first stage: reconstruction, regulariser, adversary, equivariance.
+"""What a first stage is trained on: reconstruction, regulariser, adversary, equivariance.
 
 Esser et al., CVPR 2021 (adversarial loss and its weight); Rombach et al., CVPR 2022 (reductions and
 weights).
@@ -10,14 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose
 from ldm_jax.keys import key_for
 from ldm_jax.models import autoencoder, latents, quantizer
-from ldm_jax.models.frozen import lpips as perceptual_net
+from ldm_jax.models.frozen import lpips
 from ldm_jax.train import adversarial
-from ldm_jax.train.gradient import Batch, positions
-from ldm_jax.train.steps import draw_keys
+from ldm_jax.train.state import TrainState
+from ldm_jax.train.step import AfterUpdate, Batch, Loss, Seen, Update, draw_keys, positions
 
 PIXEL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square}
 EQUIVARIANCE_SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -43,14 +44,8 @@ class AutoencoderLoss:
     equivariance_weight: float = 0.0  # EQ-VAE: decoded turned and shrunk latents against images
 
     def __post_init__(self):
-        if self.reduction not in ("sum", "mean"):
-            raise InputError(
-                f"loss reduction {self.reduction!r} is unknown; choose one of ('sum', 'mean')"
-            )
-        if self.pixel not in PIXEL_LOSSES:
-            raise InputError(
-                f"pixel loss {self.pixel!r} is unknown; choose one of {sorted(PIXEL_LOSSES)}"
-            )
+        choose("loss reduction", self.reduction, ("sum", "mean"))
+        choose("pixel loss", self.pixel, sorted(PIXEL_LOSSES))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_weight") and not 0 <= value < float("inf"):
@@ -72,6 +67,77 @@ class Recipe:
         """The groups of parameters that are trained."""
         return ("decoder",) if self.train == "decoder" else ("encoder", "decoder", "quantizer")
 
+    @property
+    def needs_whole_batches(self) -> bool:
+        """Whether a step's batch cannot be taken in parts: an adversary and a codebook see all."""
+        return bool(self.adversarial.weight) or self.model.latent == "vq"
+
+
+def start_extra(
+    recipe: Recipe, params: Any, discriminator_optimizer: optax.GradientTransformation
+) -> dict[str, Any]:
+    """What the training carries besides the model: a discriminator, and a codebook's counts."""
+    extra: dict[str, Any] = {}
+    if recipe.adversarial.weight:
+        key = key_for(recipe.seed, "discriminator_init")
+        channels = recipe.model.image_channels
+        extra["discriminator"] = adversarial.start(
+            recipe.adversarial, key, discriminator_optimizer, channels
+        )
+    if recipe.model.latent == "vq" and recipe.model.quantizer.keeps_counts:
+        extra["codes"] = quantizer.start_counts(params["quantizer"]["codebook"])
+    return extra
+
+
+def training_loss(recipe: Recipe) -> Loss:
+    """`autoencoder_loss`; its adversary is in `extra`, LPIPS is the frozen network `lpips`."""
+
+    def compute(
+        trained: Any, extra: dict[str, Any], frozen: Any, batch: Batch, step: jax.Array
+    ) -> tuple[jax.Array, Seen]:
+        adversary = extra["discriminator"]["params"] if "discriminator" in extra else None
+        perceptual = frozen.get("lpips")
+        value, seen = autoencoder_loss(recipe, trained, batch, step, adversary, perceptual)
+        metrics = seen.pop("metrics")
+        return value, Seen(metrics, seen)
+
+    return compute
+
+
+def after_update(
+    recipe: Recipe, discriminator_optimizer: optax.GradientTransformation
+) -> AfterUpdate:
+    """What follows the autoencoder's turn: the codebook's upkeep and the discriminator's turn."""
+
+    def compute(state: TrainState, new: Update, seen: Seen) -> Update:
+        # Weight decay moves even what has no gradient.
+        params = {n: p if n in recipe.trained else state.params[n] for n, p in new.params.items()}
+        extra, metrics, judged = dict(new.extra), dict(new.metrics), list(new.judged)
+        if "codes" in extra and "quantizer" in recipe.trained:
+            codebook, extra["codes"] = quantizer.upkeep(
+                recipe.model.quantizer,
+                params["quantizer"]["codebook"],
+                extra["codes"],
+                seen.arrays["z"],
+                seen.arrays["indices"],
+                key_for(recipe.seed, "codebook_restart", state.step),
+            )
+            params["quantizer"] = {"codebook": codebook}
+        if "discriminator" in extra:
+            extra["discriminator"], of_turn = adversarial.discriminator_turn(
+                recipe.adversarial,
+                discriminator_optimizer,
+                extra["discriminator"],
+                seen.arrays["x"],
+                seen.arrays["x_hat"],
+                state.step,
+            )
+            metrics |= of_turn
+            judged.append(optax.tree.norm(extra["discriminator"]["params"]))
+        return Update(params, extra, metrics, judged)
+
+    return compute
+
 
 def reconstruction_loss(
     loss: AutoencoderLoss, perceptual: Any, x: jax.Array, x_hat: jax.Array
@@ -86,7 +152,7 @@ def reconstruction_loss(
     total = loss.pixel_weight * scale * PIXEL_LOSSES[loss.pixel](error).mean()
     parts = {"l1": jnp.abs(error).mean(), "mse": jnp.square(error).mean()}
     if perceptual is not None:
-        parts["perceptual"] = perceptual_net.lpips(perceptual, x, x_hat).mean()
+        parts["perceptual"] = lpips.lpips(perceptual, x, x_hat).mean()
         total += loss.perceptual_weight * scale * parts["perceptual"]
     return total, parts
 
@@ -114,7 +180,10 @@ def autoencoder_loss(
     x_hat = autoencoder.to_image(model, params, features)
 
     fixed = jax.lax.stop_gradient(x_hat)
-    nll = lambda image: reconstruction_loss(loss, perceptual, x, image)  # noqa: E731
+
+    def nll(image):
+        return reconstruction_loss(loss, perceptual, x, image)
+
     (value, parts), cotangent = jax.value_and_grad(nll, has_aux=True)(fixed)
     metrics = {"reconstruction": value, **parts, **metrics}
     if adversary is not None:
@@ -153,17 +222,18 @@ def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features
     def turn():
         # Whoever sees the discriminator first sets its act norms, and by the same images.
         network = adversarial.started(config, adversary, x_hat, step)
-        of_image = lambda image: adversarial.generator_loss(  # noqa: E731
-            config.discriminator, network, image
-        )
+
+        def of_image(image):
+            return adversarial.generator_loss(config.discriminator, network, image)
+
         value, gradient = jax.value_and_grad(of_image)(x_hat)
         weight = jnp.float32(config.weight)
         if config.adaptive:
-            image = lambda kernel: autoencoder.to_image(  # noqa: E731
-                recipe.model,
-                {"decoder": {"conv_out": {**last_layer, "kernel": kernel}}},
-                features,
-            )
+
+            def image(kernel):
+                decoder = {"conv_out": {**last_layer, "kernel": kernel}}
+                return autoencoder.to_image(recipe.model, {"decoder": decoder}, features)
+
             pullback = jax.vjp(image, last_layer["kernel"])[1]
             by_kernel = pullback(cotangent)[0], pullback(gradient)[0]
             weight *= adversarial.adaptive_weight(*by_kernel, config.max_adaptive_weight)
@@ -192,16 +262,16 @@ def _equivariance(recipe, params, perceptual, x, z, step):
     model = recipe.model
     turns = jax.random.randint(key_for(recipe.seed, "equivariance_turn", step), (), 0, 4)
 
+    def small(a, size):
+        return jax.image.resize(a, (a.shape[0], size, size, a.shape[-1]), "linear")
+
+    def turned(a):
+        return jax.lax.switch(turns, [lambda k=k: jnp.rot90(a, k, (1, 2)) for k in range(4)])
+
     def at(scale):
         side = max(1, round(z.shape[1] * scale))
 
         def compute():
-            small = lambda a, size: jax.image.resize(  # noqa: E731
-                a, (a.shape[0], size, size, a.shape[-1]), "linear"
-            )
-            turned = lambda a: jax.lax.switch(  # noqa: E731
-                turns, [lambda a=a, k=k: jnp.rot90(a, k, (1, 2)) for k in range(4)]
-            )
             target, latent = turned(small(x, side * model.factor)), turned(small(z, side))
             if model.latent == "vq":
                 codes = quantizer.quantize(params["quantizer"]["codebook"], latent)[0]

@@ -1,0 +1,209 @@
+"""From a run's settings to its trainer, by specs alone: no disk, no data, no array.
+
+    facts = facts_of_config(run, first_stage)   # or facts_of_manifest, facts_of_record
+    trainer = build(run, facts, mesh)
+    trainer.step.lower(trainer.abstract_state, trainer.abstract_frozen, trainer.batch_spec)
+
+lowers the very program that training runs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from ldm_jax.data.latent_manifest import Manifest
+from ldm_jax.diffusion import objective
+from ldm_jax.diffusion.process import make_process
+from ldm_jax.errors import InputError
+from ldm_jax.models import autoencoder, conditions, denoiser
+from ldm_jax.models.frozen import lpips
+from ldm_jax.models.latents import SampleCodec, Whitening, make_codec, whitening
+from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
+from ldm_jax.sharding import check_batch
+from ldm_jax.train import adversarial, first_stage, optim, uncertainty
+from ldm_jax.train.denoiser import Denoising, per_example, training_loss
+from ldm_jax.train.step import Trainer, Training, make_trainer
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentFacts:
+    """What a denoiser is trained on, as specs: latents with their statistics, and conditions."""
+
+    latent_shape: tuple[int, int, int]  # (H, W, C) of the first stage
+    posterior: str  # "gaussian" | "point": what the moments are
+    whitening: Whitening
+    # Of one example, by name, beside the moments; None: whatever the conditions ask for.
+    fields: Mapping[str, jax.ShapeDtypeStruct] | None = None
+    num_classes: int = 0  # of the labels; 0 = not known
+
+    @property
+    def moments_shape(self) -> tuple[int, int, int]:
+        height, width, channels = self.latent_shape
+        return (height, width, (2 if self.posterior == "gaussian" else 1) * channels)
+
+
+def facts_of_manifest(run: DenoiserRun, manifest: Manifest) -> LatentFacts:
+    """Of a latent cache."""
+    return LatentFacts(
+        manifest.latent_shape,
+        manifest.posterior,
+        whitening(
+            run.whitening,
+            manifest.mean,
+            manifest.std,
+            manifest.global_std,
+            run.scale_factor,
+            run.shift_factor,
+        ),
+        fields_of(manifest),
+        manifest.num_classes,
+    )
+
+
+def fields_of(manifest: Manifest) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a cache holds of an example that a network can be given."""
+    return {"label": jax.ShapeDtypeStruct((), "int32")}
+
+
+def facts_of_record(record: dict[str, Any], posterior: str) -> LatentFacts:
+    """Of the run.json of a denoiser's run, and the posterior of its first stage."""
+    data = record["data"]
+    shift, scale = (tuple(data["whitening"][name]) for name in ("shift", "scale"))
+    return LatentFacts(tuple(data["latent_shape"]), posterior, Whitening(shift, scale))
+
+
+def facts_of_config(run: DenoiserRun, model: autoencoder.AutoencoderConfig) -> LatentFacts:
+    """Of configurations alone: statistics that only a cache knows are those of white latents."""
+    ones = (1.0,) * model.latent_channels
+    zeros = (0.0,) * model.latent_channels
+    white = whitening(run.whitening, zeros, ones, 1.0, run.scale_factor, run.shift_factor)
+    return LatentFacts(model.latent_shape, model.posterior, white)
+
+
+def build(run: AutoencoderRun | DenoiserRun, facts: LatentFacts | None, mesh: Mesh) -> Trainer:
+    """The trainer of a run on a mesh; `facts` are of a denoiser's latents, None for a first stage.
+
+    The mesh may be of devices that are not here. Raises InputError for settings that do not fit
+    each other, the facts or the mesh.
+    """
+    check_batch(run.batch_size, mesh, parts=run.accumulate)
+    if isinstance(run, DenoiserRun):
+        assert facts is not None, "a denoiser's trainer needs the facts of its latents"
+        return make_trainer(denoiser_training(run, facts), mesh)
+    return make_trainer(first_stage_training(run), mesh)
+
+
+def codec_of(run: DenoiserRun, facts: LatentFacts) -> SampleCodec:
+    """What lies between the cached moments and the denoiser's latent."""
+    return make_codec(run.codec, facts.posterior, facts.whitening)
+
+
+def denoising_of(run: DenoiserRun, facts: LatentFacts) -> Denoising:
+    """The run's loss as it is described; InputError where its parts do not fit each other."""
+    process, codec = make_process(run.process), codec_of(run, facts)
+    objective.check(process, run.objective)
+    check_model(run, facts, codec.channels)
+    return Denoising(run.model, process, run.objective, codec, run.loss, run.seed)
+
+
+def denoiser_training(run: DenoiserRun, facts: LatentFacts) -> Training:
+    width = run.objective.uncertainty
+    edges = run.model.network.edges
+    entries = {"moments": jax.ShapeDtypeStruct(facts.moments_shape, "float32")}
+    entries |= conditions.entries(run.model.conditions)
+    return Training(
+        init=lambda key: denoiser.init(run.model, key),
+        axes=denoiser.axes(run.model),
+        loss=training_loss(per_example(denoising_of(run, facts)), run.loss_bins),
+        optimizer=optim.make_optimizer(run.optim, run.num_steps, edges),
+        learning_rate=optim.learning_rate(run.optim, run.num_steps),
+        average=run.ema,
+        batch=in_batches(entries, run.batch_size),
+        seed=run.seed,
+        accumulate=run.accumulate,
+        init_extra=lambda _: {"uncertainty": uncertainty.init(width)} if width else {},
+        extra_axes={"uncertainty": uncertainty.axes()} if width else {},
+        trained_extra=("uncertainty",) if width else (),
+    )
+
+
+def first_stage_training(run: AutoencoderRun) -> Training:
+    recipe, model = run.recipe, run.model
+    optimizer, discriminator_optimizer = optimizers(run)
+    image = jax.ShapeDtypeStruct(
+        (model.resolution, model.resolution, model.image_channels), "uint8"
+    )
+    perceptual = bool(run.loss.perceptual_weight)
+    return Training(
+        init=lambda key: autoencoder.init(model, key),
+        axes=autoencoder.axes(model),
+        loss=first_stage.training_loss(recipe),
+        optimizer=optimizer,
+        learning_rate=optim.learning_rate(run.optim, run.num_steps),
+        average=run.ema,
+        batch=in_batches({"image": image}, run.batch_size),
+        seed=run.seed,
+        accumulate=run.accumulate,
+        init_extra=lambda params: first_stage.start_extra(recipe, params, discriminator_optimizer),
+        extra_axes=adversarial.axes(run.adversarial, model.image_channels),
+        after_update=first_stage.after_update(recipe, discriminator_optimizer),
+        frozen={"lpips": lpips.shapes()} if perceptual else {},
+        frozen_axes={"lpips": lpips.axes()} if perceptual else {},
+    )
+
+
+def optimizers(
+    run: AutoencoderRun,
+) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """The autoencoder's optimizer and the discriminator's, whose steps count from its start."""
+    lr = run.adversarial.lr_factor * run.optim.lr
+    turns = max(1, run.num_steps - run.adversarial.start)
+    return (
+        optim.make_optimizer(run.optim, run.num_steps, autoencoder.EDGES),
+        optim.make_optimizer(dataclasses.replace(run.optim, lr=lr), turns),
+    )
+
+
+def in_batches(
+    entries: Mapping[str, jax.ShapeDtypeStruct], size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Specs of batches, from those of one example."""
+    return {n: jax.ShapeDtypeStruct((size, *s.shape), s.dtype) for n, s in entries.items()}
+
+
+def check_model(run: DenoiserRun, facts: LatentFacts, channels: int) -> None:
+    """Raises InputError unless the denoiser's sizes are those of the latents and their fields."""
+    backbone = run.model.backbone
+    double = 2 if run.objective.learned_variance else 1
+    for name, want in (("in_channels", channels), ("out_channels", double * channels)):
+        if getattr(backbone, name) != want:
+            twice = ", twice with learned_variance" if want != channels else ""
+            raise InputError(
+                f"config.model.backbone.{name} is {getattr(backbone, name)}, but the cached "
+                f"latents have {channels} channels{twice}; set it to {want}"
+            )
+    for name, condition in run.model.conditions.items():
+        classes = getattr(condition, "num_classes", facts.num_classes)
+        if facts.num_classes and classes != facts.num_classes:
+            raise InputError(
+                f"config.model.conditions.{name}.num_classes is {classes}, but the latent cache "
+                f"has {facts.num_classes} classes; set it to {facts.num_classes}"
+            )
+    if facts.fields is None:
+        return
+    for name, spec in conditions.entries(run.model.conditions).items():
+        have = facts.fields.get(name)
+        if have is None:
+            raise InputError(
+                f"config.model.conditions read {name!r} of an example, and the latent cache holds "
+                f"{sorted(facts.fields)}; cache it with the latents, or leave the condition out"
+            )
+        if have.shape != spec.shape:
+            raise InputError(
+                f"config.model.conditions read {name!r} of shape {spec.shape}, and the latent "
+                f"cache holds {have.shape}; give the condition that size"
+            )

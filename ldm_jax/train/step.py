@@ -1,0 +1,270 @@
+"""The step of every training, one pure function (state, frozen, batch) -> (state, metrics).
+
+A `Training` says what is trained, on which batches, by which loss and optimizer; `make_trainer`
+makes of it, on a mesh, all that a loop, a plan or a benchmark needs, from shapes alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ldm_jax.errors import InputError
+from ldm_jax.keys import example_keys, key_for
+from ldm_jax.sharding import (
+    batch_sharding,
+    constrain,
+    param_shardings,
+    replicated,
+    state_shardings,
+    use_mesh,
+)
+from ldm_jax.train import ema
+from ldm_jax.train.guard import keep_finite, updates_done
+from ldm_jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]
+
+POSITION = "position"
+"""The entry of a batch that says where in the global batch each row stands; draws depend on it."""
+
+
+class Seen(NamedTuple):
+    """What a loss gives beside its value."""
+
+    # Means over the batch; those whose name ends in "/sum" or "/count" are sums.
+    metrics: dict[str, jax.Array]
+    arrays: dict[str, jax.Array]  # for `after_update`, of batches that are not taken in parts
+
+
+Loss = Callable[[Any, dict[str, Any], Any, Batch, jax.Array], tuple[jax.Array, Seen]]
+"""(trained, extra, frozen, batch, step) -> the loss, a mean over the batch, and what was seen."""
+
+
+class Update(NamedTuple):
+    """What a step has come to once the optimizer has moved the parameters."""
+
+    params: Any
+    extra: dict[str, Any]
+    metrics: dict[str, jax.Array]
+    judged: list[jax.Array]  # numbers [] that must be finite, or the step is skipped
+
+
+AfterUpdate = Callable[[TrainState, Update, Seen], Update]
+Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """A training as functions of arrays; nothing in it is an array."""
+
+    init: Callable[[jax.Array], Any]  # key -> parameters
+    axes: Any  # logical axis names of each
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    average: ema.EmaConfig
+    batch: dict[str, jax.ShapeDtypeStruct]  # the global batch
+    seed: int = 0
+    accumulate: int = 1  # micro-batches, one after the other, that a batch is taken in
+    init_extra: Callable[[Any], dict[str, Any]] = lambda params: {}
+    extra_axes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    trained_extra: tuple[str, ...] = ()  # names in `extra` that the optimizer has beside params
+    after_update: AfterUpdate | None = None  # what else a step moves, before the averages
+    frozen: Any = dataclasses.field(default_factory=dict)  # networks that are read, as shapes
+    frozen_axes: Any = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """A training on a mesh. Abstract trees hold shapes, types and shardings, and no array."""
+
+    mesh: Mesh
+    abstract_state: TrainState
+    abstract_frozen: Any  # never donated, never in a checkpoint
+    batch_spec: dict[str, jax.ShapeDtypeStruct]
+    init: Callable[[], TrainState]  # a fresh state, made sharded
+    init_from: Callable[[Any], TrainState]  # the same from given parameters
+    step: Step  # compiled at its first call; donates the state
+
+
+def make_trainer(training: Training, mesh: Mesh) -> Trainer:
+    """Compiles nothing yet; raises InputError where the model cannot be computed on the batch."""
+    check_traces(training)
+
+    def fresh() -> TrainState:
+        with use_mesh(mesh):
+            return start(training, training.init(key_for(training.seed, "init")))
+
+    shapes = jax.eval_shape(fresh)
+    extra_axes = training.extra_axes
+    moved = {n: extra_axes[n] for n in training.trained_extra}
+    shardings: Any = TrainState(
+        replicated(mesh),  # type: ignore[arg-type]  shardings stand where arrays will
+        param_shardings(training.axes, shapes.params, mesh),
+        state_shardings(shapes.opt_state, {**training.axes, **moved}, mesh),
+        {n: param_shardings(training.axes, tree, mesh) for n, tree in shapes.averages.items()},
+        state_shardings(shapes.extra, extra_axes, mesh),
+    )
+    frozen = param_shardings(training.frozen_axes, training.frozen, mesh)
+    batch = {name: batch_sharding(mesh) for name in training.batch}
+    return Trainer(
+        mesh=mesh,
+        abstract_state=placed(shapes, shardings),
+        abstract_frozen=placed(training.frozen, frozen),
+        batch_spec=placed(training.batch, batch),
+        init=jax.jit(fresh, out_shardings=shardings),
+        init_from=jax.jit(lambda params: start(training, params), out_shardings=shardings),
+        step=jax.jit(
+            make_step(training, mesh, shardings),
+            donate_argnums=0,
+            in_shardings=(shardings, frozen, batch_sharding(mesh)),
+            out_shardings=(shardings, replicated(mesh)),
+        ),
+    )
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes and types with shardings."""
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def start(training: Training, params: Any) -> TrainState:
+    """The state before the first step."""
+
+    # Copies: the state is donated, and one buffer may not be donated twice.
+    def copy() -> Any:
+        return jax.tree.map(jnp.copy, params)
+
+    extra = training.init_extra(params)
+    trained = {**params, **{n: extra[n] for n in training.trained_extra}}
+    averages = {name: copy() for name in ema.average_names(training.average)}
+    opt_state = training.optimizer.init(trained)
+    return TrainState(jnp.zeros((), jnp.int32), copy(), opt_state, averages, extra)
+
+
+def check_traces(training: Training) -> None:
+    """Traces the loss on shapes alone: what cannot run is refused before any work."""
+
+    def compute(key: jax.Array, frozen: Any, batch: Batch) -> Any:
+        state = start(training, training.init(key))
+        extra = {n: state.extra[n] for n in training.trained_extra}
+        return training.loss({**state.params, **extra}, state.extra, frozen, batch, state.step)
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    try:
+        jax.eval_shape(compute, key, training.frozen, training.batch)
+    except InputError:
+        raise
+    except (ValueError, ZeroDivisionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"config.model does not fit together: {reason}; check its sizes"
+        ) from error
+
+
+def make_step(training: Training, mesh: Mesh, shardings: TrainState) -> Step:
+    """Gradient, update and averages of one step, not compiled.
+
+    The gradient is taken in `accumulate` micro-batches, one after the other. Where the loss, the
+    gradient or what else is judged is not finite, nothing changes but the step's number, and the
+    metric `skipped` is 1.
+    """
+    names = training.trained_extra
+
+    def step(state: TrainState, frozen: Any, batch: Batch) -> tuple[TrainState, dict]:
+        trained = {**state.params, **{n: state.extra[n] for n in names}}
+
+        def loss(trained: Any, batch: Batch) -> tuple[jax.Array, Seen]:
+            return training.loss(trained, state.extra, frozen, batch, state.step)
+
+        with use_mesh(mesh):
+            (value, seen), grads = value_and_grad(
+                loss,
+                trained,
+                batch,
+                count=training.accumulate,
+                shardings={**shardings.params, **{n: shardings.extra[n] for n in names}},
+            )
+            updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+            trained: Any = optax.apply_updates(trained, updates)
+            norm = optax.tree.norm(grads)
+            rate = jnp.asarray(training.learning_rate(updates_done(state.opt_state)), jnp.float32)
+            new = Update(
+                {n: trained[n] for n in state.params},
+                {**state.extra, **{n: trained[n] for n in names}},
+                {"loss": value, **seen.metrics, "grad_norm": norm, "lr": rate},
+                [value, norm],
+            )
+            if training.after_update:
+                new = training.after_update(state, new, seen)
+            n = state.step + 1
+            averages = ema.advance(training.average, state.averages, new.params, n)
+            after = TrainState(n, new.params, opt_state, averages, new.extra)
+            after, skipped = keep_finite(state, after, *new.judged)
+            return after, new.metrics | {"skipped": skipped}
+
+    return step
+
+
+def draw_keys(seed: int, purpose: str, step: jax.Array, rows: jax.Array) -> jax.Array:
+    """One key per row [B], from its position in the global batch [B], whatever the mesh."""
+    return example_keys(key_for(seed, purpose, step), rows)
+
+
+def positions(batch: Batch) -> jax.Array:
+    """Where in the global batch each row stands, int32 [B]: in order, unless `batch` says it."""
+    if POSITION in batch:
+        return batch[POSITION]
+    return jnp.arange(jax.tree.leaves(batch)[0].shape[0])
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...]: micro-batch i has the rows i, count + i, 2 count + i ...
+
+    Rows lie on the devices in blocks, so with this stride every device keeps its own rows, and its
+    share of every micro-batch. Rows carry their positions along.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+    return jax.tree.map(split, {**batch, POSITION: positions(batch)})
+
+
+def value_and_grad(
+    loss: Callable[[Any, Batch], tuple[jax.Array, Seen]],
+    params: Any,
+    batch: Batch,
+    *,
+    count: int,
+    shardings: Any,
+) -> tuple[tuple[jax.Array, Seen], Any]:
+    """The loss, what was seen and the gradient, over `count` micro-batches one after the other.
+
+    Equal to those of the whole batch up to rounding: the loss and its gradient are means over the
+    batch. Of several micro-batches only the metrics are kept. The running sum of gradients is
+    placed as `shardings` (of the parameters) says.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    if count == 1:
+        return gradient(params, batch)
+
+    def turn(total: Any, micro: Batch) -> tuple[Any, Any]:
+        (value, seen), grads = gradient(params, micro)
+        total = jax.tree.map(jnp.add, total, grads)
+        return jax.lax.with_sharding_constraint(total, shardings), (value, seen.metrics)
+
+    zeros = jax.lax.with_sharding_constraint(jax.tree.map(jnp.zeros_like, params), shardings)
+    total, (values, parts) = jax.lax.scan(turn, zeros, micro_batches(batch, count))
+    parts = {n: x.sum(0) if n.endswith(("/sum", "/count")) else x.mean(0) for n, x in parts.items()}
+    return (values.mean(), Seen(parts, {})), jax.tree.map(lambda g: g / count, total)
