@@ -14,7 +14,7 @@ from ldm_jax.sampling.options import SampleOptions
 
 def check_guidance(settings: SampleOptions, model: Model) -> None:
     """Raises InputError for guidance that this model can't be given; see also `check_values`."""
-    count = model.latent_shape[-1]
+    count = model.codec.channels
     which = settings.guided_channels
     if not all(0 <= c < count for c in which) or len(set(which)) < len(which):
         raise InputError(

@@ -29,7 +29,7 @@ def latent_shape(settings: SampleOptions, model: Model) -> tuple[int, int, int]:
     """[H,W,C] of what is denoised."""
     factor = model.first_stage.config.factor
     height, width = image_size(settings, model)
-    return height // factor, width // factor, model.latent_shape[-1]
+    return height // factor, width // factor, model.codec.channels
 
 
 def latent_tiles(settings: SampleOptions, model: Model) -> tuple[int, int]:

@@ -1,0 +1,325 @@
+"""The seams hold what is not there yet: each is proven by a toy that goes in without any job."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ldm_jax.errors import InputError
+from ldm_jax.jobs import train_autoencoder, train_denoiser
+from ldm_jax.models import latents
+from ldm_jax.models.denoiser import BACKBONES, Backbone, DenoiserConfig
+from ldm_jax.models.latents import CODECS, SampleCodec
+from ldm_jax.models.layers import Dense, declarations, draw_parameters, parameter_axes
+from ldm_jax.runs import training
+from ldm_jax.runs.build import build, facts_of_config
+from ldm_jax.runs.config_files import build as build_config
+from ldm_jax.runs.config_files import to_json
+from ldm_jax.runs.denoiser import load_model
+from ldm_jax.runs.settings import DenoiserRun
+from ldm_jax.sampling.draw import draw_images
+from ldm_jax.sampling.options import SampleOptions
+from ldm_jax.sharding import MeshConfig, constrain, make_mesh
+from ldm_jax.train import ema, optim
+from ldm_jax.train.checkpoint import Checkpoints
+from ldm_jax.train.hooks import Hook
+from ldm_jax.train.step import Seen, Training, make_trainer
+from tests import tiny
+
+SHARDED = MeshConfig(2, 4, 1)
+
+
+def bits(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(np.testing.assert_array_equal, bits(a), bits(b))
+
+
+# A program lowered from a config alone is the one that training runs.
+
+
+def trained_program(job, config, workdir, monkeypatch):
+    """The text of the step's program as a job would run it, on its own arrays; nothing is run."""
+    found = []
+
+    def lower(loop_config, trainer, frozen, batches, **more):
+        state, host = trainer.init(), next(batches(0))
+        batch = {n: host[n] for n in trainer.batch_spec}
+        batch = jax.device_put(batch, jax.tree.map(lambda s: s.sharding, trainer.batch_spec))
+        found.append(trainer.step.lower(state, frozen, batch).as_text())
+
+    monkeypatch.setattr(training.loop, "train", lower)
+    job.run(config, workdir)
+    return found[0]
+
+
+def program_of_config(config, facts):
+    """The same from specs; no array is made on the way."""
+    mesh, before = make_mesh(config.mesh), len(jax.live_arrays())
+    trainer = build(config, facts, mesh)
+    lowered = trainer.step.lower(
+        trainer.abstract_state, trainer.abstract_frozen, trainer.batch_spec
+    )
+    assert len(jax.live_arrays()) == before
+    return lowered.as_text()
+
+
+def test_a_denoisers_program_is_lowered_from_its_config_alone(first_stage, tmp_path, monkeypatch):
+    config = dataclasses.replace(
+        tiny.DENOISER, autoencoder=str(first_stage), whitening="none", mesh=SHARDED
+    )
+    facts = facts_of_config(config, tiny.AUTOENCODER.model)
+    planned = program_of_config(config, facts)
+    assert planned == trained_program(train_denoiser, config, tmp_path, monkeypatch)
+
+
+def test_a_first_stages_program_is_lowered_from_its_config_alone(tmp_path, monkeypatch):
+    config = dataclasses.replace(tiny.AUTOENCODER, mesh=SHARDED)
+    planned = program_of_config(config, None)
+    assert planned == trained_program(train_autoencoder, config, tmp_path, monkeypatch)
+
+
+# A backbone whose blocks are scanned and rematerialised.
+
+
+@dataclasses.dataclass(frozen=True)
+class ToyConfig:
+    in_channels: int = 2
+    out_channels: int = 2
+    width: int = 16
+    layers: int = 3
+    factor: int = 1
+
+
+class Block(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x, _):
+        h = Dense(2 * self.width, ("in_channels", "hidden"), name="up")(x)
+        x = x + Dense(self.width, ("hidden", "in_channels"), name="down")(nn.swish(h))
+        return constrain(x, "batch", "tokens", "channels"), None
+
+
+class Toy(nn.Module):
+    config: ToyConfig
+
+    @nn.compact
+    def __call__(self, z_t, t, signals):
+        c = self.config
+        b, h, w, _ = z_t.shape
+        x = Dense(c.width, name="conv_in")(z_t.reshape(b, h * w, -1))
+        x = x + Dense(c.width, name="time_in")(t[:, None].astype(jnp.float32) / 1000)[:, None]
+        if signals.tokens is not None:
+            x = x + Dense(c.width, name="tokens")(signals.tokens).mean(1, keepdims=True)
+        if signals.maps is not None:
+            x = x + Dense(c.width, name="maps")(signals.maps.reshape(b, h * w, -1))
+        blocks = nn.scan(
+            nn.remat(Block, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=c.layers,
+        )
+        x, _ = blocks(c.width, name="blocks")(x, None)
+        x = Dense(c.out_channels, name="conv_out")(x)
+        return x.reshape(b, h, w, -1).astype(jnp.float32)
+
+
+def toy_declared(config, widths):
+    from ldm_jax.models.conditions import Signals
+
+    signals = Signals(
+        None,
+        jnp.zeros((1, 1, widths.tokens)) if widths.tokens else None,
+        jnp.zeros((1, 2, 2, widths.maps)) if widths.maps else None,
+    )
+    z = jnp.zeros((1, 2, 2, config.in_channels))
+    return declarations(Toy(config), z, jnp.zeros((1,)), signals)
+
+
+TOY = Backbone(
+    ToyConfig,
+    lambda config, key, widths: draw_parameters(toy_declared(config, widths), key),
+    lambda config, widths: parameter_axes(toy_declared(config, widths)),
+    lambda config, params, *inputs: Toy(config).apply({"params": params}, *inputs),
+    ("conv_in", "conv_out", "time_in"),
+)
+
+
+@pytest.fixture
+def toy_backbone(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "toy", TOY)
+
+
+def with_toy(first_stage, **changes):
+    model = dataclasses.replace(tiny.DENOISER.model, backbone=ToyConfig())
+    config = dataclasses.replace(
+        tiny.DENOISER,
+        model=model,
+        autoencoder=str(first_stage),
+        mesh=SHARDED,
+        num_steps=4,
+        checkpoint_every=2,
+        ema=ema.EmaConfig(decay=0.9),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def test_a_scanned_backbone_trains_sharded_and_resumes(toy_backbone, first_stage, tmp_path):
+    config = with_toy(first_stage)
+    assert build_config(DenoiserRun, to_json(config)) == config  # run.json names the row
+    unbroken = train_denoiser.run(config, tmp_path / "unbroken")
+    train_denoiser.run(dataclasses.replace(config, num_steps=2), tmp_path / "broken")
+    resumed = train_denoiser.run(config, tmp_path / "broken")
+    assert_same_bits(unbroken, resumed)
+    up = unbroken.params["backbone"]["blocks"]["up"]["kernel"]
+    assert up.shape == (3, 16, 32)
+    assert up.sharding.spec == jax.sharding.PartitionSpec(None, ("fsdp",), None)
+    moment = optax.tree.get_all_with_path(unbroken.opt_state, "mu")[0][1]
+    assert moment["backbone"]["blocks"]["up"]["kernel"].sharding == up.sharding
+
+
+def test_layers_of_a_scan_are_drawn_each_for_itself_by_its_own_law():
+    declared = toy_declared(ToyConfig(width=64), DenoiserConfig().widths)
+    kernel = draw_parameters(declared, jax.random.key(0))["blocks"]["up"]["kernel"]
+    assert kernel.shape == (3, 64, 128)
+    assert len({float(layer.sum()) for layer in kernel}) == 3
+    # Uniform in +-1/sqrt(fan in), of one layer: the stack is no fan.
+    np.testing.assert_allclose(np.abs(kernel).max((1, 2)), 1 / 8, rtol=1e-3)
+    np.testing.assert_allclose(kernel.std((1, 2)), 1 / 8 / 3**0.5, rtol=0.02)
+    names = parameter_axes(declared)["blocks"]
+    assert names["up"]["kernel"] == (None, "in_channels", "hidden")
+    assert names["down"]["bias"] == (None, "in_channels")
+
+
+# A frozen network in the loss.
+
+FROZEN = {"guide": {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}}
+
+
+def regression(accumulate=1):
+    """x W, and what a frozen linear map makes of it, against targets."""
+
+    def loss(trained, extra, frozen, batch, step):
+        y = batch["x"] @ trained["w"]["kernel"]
+        seen = y @ constrain(frozen["guide"]["kernel"], None, None)
+        value = jnp.square(seen - batch["y"]).mean()
+        return value, Seen({"size": jnp.abs(seen).mean()}, {})
+
+    config = optim.OptimConfig(lr=0.1)
+    return Training(
+        init=lambda key: {"w": {"kernel": jax.random.normal(key, (8, 8))}},
+        axes={"w": {"kernel": ("in_channels", "out_channels")}},
+        loss=loss,
+        optimizer=optim.make_optimizer(config, 10),
+        learning_rate=optim.learning_rate(config, 10),
+        average=ema.EmaConfig(decay=0.9),
+        batch={
+            "x": jax.ShapeDtypeStruct((16, 8), jnp.float32),
+            "y": jax.ShapeDtypeStruct((16, 4), jnp.float32),
+        },
+        accumulate=accumulate,
+        frozen=FROZEN,
+        frozen_axes={"guide": {"kernel": ("in_channels", "out_channels")}},
+    )
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_frozen_network_is_sharded_kept_and_never_saved(tmp_path, accumulate):
+    trainer = make_trainer(regression(accumulate), make_mesh(SHARDED))
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(8, 4)).astype(np.float32)
+    place = trainer.abstract_frozen["guide"]["kernel"].sharding
+    assert not place.is_fully_replicated
+    frozen = {"guide": {"kernel": jax.device_put(kernel, place)}}
+    batch = {"x": rng.normal(size=(16, 8)), "y": rng.normal(size=(16, 4))}
+    batch = jax.device_put(
+        {n: x.astype(np.float32) for n, x in batch.items()},
+        jax.tree.map(lambda s: s.sharding, trainer.batch_spec),
+    )
+    state, losses = trainer.init(), []
+    for _ in range(5):
+        state, metrics = trainer.step(state, frozen, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses == sorted(losses, reverse=True)
+    np.testing.assert_array_equal(frozen["guide"]["kernel"], kernel)  # neither moved nor donated
+    other = {"guide": {"kernel": jax.device_put(2 * kernel, place)}}
+    assert float(trainer.step(state, other, batch)[1]["loss"]) != losses[-1]  # and it is read
+    checkpoints = Checkpoints(tmp_path)
+    saved = trainer.init()
+    checkpoints.save(saved, {})
+    checkpoints.wait()
+    assert checkpoints.items(0) >= {"params", "optimizer", "ema", "meta"}
+    assert not any("guide" in str(p) for p in tmp_path.rglob("*"))
+    checkpoints.close()
+
+
+# A codec whose latent is the posterior's mean beside its log-variance.
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanLogvar(SampleCodec):
+    @property
+    def channels(self) -> int:
+        return 2 * len(self.whitening.shift)
+
+    def encode_mode(self, moments: jax.Array) -> jax.Array:
+        mean, logvar = latents.split_moments(moments)
+        return jnp.concatenate([self.whitening.whiten(mean), logvar / 10], -1)
+
+    def encode(self, moments: jax.Array, keys: Any) -> jax.Array:
+        return self.encode_mode(moments)
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        return self.whitening.unwhiten(jnp.split(z, 2, -1)[0])
+
+
+def test_a_codec_of_mean_and_logvar_trains_and_samples(
+    toy_backbone, first_stage, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(CODECS, "mean_logvar", MeanLogvar)
+    wide = DenoiserConfig(ToyConfig(in_channels=4, out_channels=4), tiny.DENOISER.model.conditions)
+    config = with_toy(first_stage, model=wide, codec="mean_logvar", num_steps=2)
+    with pytest.raises(InputError, match=r"in_channels is 2, .* have 4 channels"):
+        train_denoiser.run(with_toy(first_stage, codec="mean_logvar"), tmp_path / "narrow")
+    train_denoiser.run(config, tmp_path)
+    model = load_model(tmp_path)
+    assert (model.codec.channels, type(model.codec)) == (4, MeanLogvar)
+    images, labels = draw_images(model, SampleOptions(num=8, steps=2, guidance=2.0))
+    assert images.shape == (8, 8, 8, 3) and labels.tolist() == list(range(8))
+
+
+# A hook that raises.
+
+
+def test_a_hook_that_raises_loses_nothing(toy_backbone, first_stage, tmp_path, monkeypatch):
+    config = with_toy(first_stage, checkpoint_every=4)
+    unbroken = train_denoiser.run(config, tmp_path / "unbroken")
+    real, calls = training.fit, []
+
+    def broken(state, step):
+        calls.append(step)
+        if step == 3:
+            raise RuntimeError("the judge fell over")
+
+    def fit(*arguments, hooks=(), **more):
+        return real(*arguments, hooks=[*hooks, Hook(1, broken)], **more)
+
+    monkeypatch.setattr(train_denoiser, "fit", fit)
+    with pytest.raises(RuntimeError, match="fell over"):
+        train_denoiser.run(config, tmp_path / "broken")
+    assert calls == [1, 2, 3]
+    monkeypatch.undo()
+    monkeypatch.setitem(BACKBONES, "toy", TOY)
+    resumed = train_denoiser.run(config, tmp_path / "broken")
+    assert_same_bits(unbroken, resumed)
+    lines = [(tmp_path / n / "metrics.jsonl").read_text() for n in ("broken", "unbroken")]
+    steps = [[line.split(",")[0] for line in text.splitlines()] for text in lines]
+    assert steps[0] == steps[1] == [f'{{"step": {n}' for n in (1, 2, 3, 4)]
