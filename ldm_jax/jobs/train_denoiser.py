@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ldm_jax.data import latent_cache
-from ldm_jax.data.latent_manifest import Manifest
+from ldm_jax.data.fields import batch_specs
+from ldm_jax.data.records.manifest import Manifest
+from ldm_jax.data.records.reader import open_cache
 from ldm_jax.diffusion import objective
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
@@ -35,7 +36,7 @@ def run(
     process = make_process(config.process)
     objective.check(process, config.objective)
     first_stage = load_first_stage(config.autoencoder, mesh)
-    cache = latent_cache.open_cache(
+    cache = open_cache(
         Path(config.latents) / "train", expect={"encoder_hash": first_stage.encoder_hash}
     )
     manifest = cache.manifest
@@ -65,14 +66,11 @@ def run(
     )
     loss = denoiser_loss(losses(config.loss, config.seed), config.loss_bins)
     needed = {"moments", *denoiser.condition_names(config.model)}
-    shapes = {
-        "moments": jax.ShapeDtypeStruct((config.batch_size, *manifest.moments_shape), "float32"),
-        "label": jax.ShapeDtypeStruct((config.batch_size,), "int32"),
-    }
+    shapes = batch_specs(manifest.table, config.batch_size)
     check_traces(lambda key, batch: loss(denoiser.init(config.model, key), batch, 0), shapes)
     evaluate = None
     if config.eval_every:
-        held_out = latent_cache.open_cache(
+        held_out = open_cache(
             Path(config.latents) / "held_out", expect={"encoder_hash": first_stage.encoder_hash}
         )
         conditional = dataclasses.replace(config.loss, label_dropout=0.0)

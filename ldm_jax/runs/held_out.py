@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_jax.data.latent_cache import LatentCache
+from ldm_jax.data.records.reader import LatentCache
 from ldm_jax.errors import InputError
 from ldm_jax.runs.reconstruction import spread
 from ldm_jax.runs.settings import DenoiserRun

@@ -201,7 +201,7 @@ def test_fingerprint_follows_the_files_and_the_recipe_and_not_the_place(photos, 
         ({"kernel": "cubic"}, r"images\.kernel 'cubic'"),
         ({"crop": "middle"}, r"images\.crop 'middle'"),
         ({"resolution": 0}, r"images\.resolution 0"),
-        ({"held_out_fraction": 1.0}, r"images\.held_out_fraction 1\.0 must lie in"),
+        ({"held_out_fraction": 1.0}, r"images\.held_out_fraction 1\.0 must be in"),
     ],
 )
 def test_config_refuses_values_it_does_not_know(options, message):

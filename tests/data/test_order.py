@@ -155,10 +155,10 @@ def test_stream_left_open_lets_the_program_end():
     [
         (
             {"batch_size": 9, "shard_count": 2},
-            "batch_size 9 must divide by 2 processes; nearest: 8",
+            "batch_size 9 must divide by 2, the number of processes; nearest: 8",
         ),
         ({"batch_size": 0}, "batch_size 0"),
-        ({"shard_index": 2, "shard_count": 2}, r"shard_index 2 must lie in \[0, 2\)"),
+        ({"shard_index": 2, "shard_count": 2}, r"shard_index 2 must be in \[0, 2\)"),
         ({"start_step": -1}, "start_step -1"),
         ({"num_threads": -1}, "num_threads -1"),
     ],
@@ -170,7 +170,7 @@ def test_stream_refuses_sizes_that_do_not_fit_at_once(options, message):
 
 def test_data_floor_imports_neither_flax_nor_tensorflow():
     code = (
-        "import sys, ldm_jax.data.images, ldm_jax.data.latent_cache, ldm_jax.data.latent_writer;"
+        "import sys, ldm_jax.data.images, ldm_jax.data.records.reader, ldm_jax.data.records.writer;"
         "print([m for m in ('flax', 'tensorflow', 'tensorflow_datasets') if m in sys.modules])"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
