@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ from ldm_jax.data.records.manifest import plan_shards
 from ldm_jax.data.records.reader import open_cache
 from ldm_jax.data.stream import batches
 from ldm_jax.errors import InputError
+from tests.data import toy
 from tests.data.records.written import (
     CAPTIONS,
     LABELS,
@@ -143,3 +145,73 @@ def test_open_cache_refuses_a_strange_manifest(own, change, message):
     path.write_text("{")
     with pytest.raises(InputError, match=r"manifest\.json cannot be read"):
         open_cache(own)
+
+
+FURTHER = (toy.SEMANTIC, toy.TOKENS, toy.EMBEDDING, toy.CLIP, toy.NOTE)
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    """A cache with further fields, and their arrays."""
+    examples = [toy.example(i, toy.RESOLUTION) for i in range(N)]
+    names = [name for field in FURTHER for name in field.array_names]
+    arrays = {name: np.stack([e[name] for e in examples]) for name in names}
+    directory = tmp_path_factory.mktemp("rich")
+    write(directory, arrays=arrays, fields=FURTHER)
+    return directory, arrays
+
+
+def test_further_fields_come_back_bit_for_bit_beside_what_there_always_was(rich, cached):
+    directory, arrays = rich
+    indices = np.random.default_rng(2).permutation(N)
+    batch = open_cache(directory, verify=True).read(indices, np.arange(N))
+    assert set(batch) == {"moments", "label", "caption", *(f.name for f in FURTHER)}
+    for field in FURTHER:
+        np.testing.assert_array_equal(batch[field.name], arrays[field.name][indices])
+        assert batch[field.name].dtype == arrays[field.name].dtype
+    plain = open_cache(cached).read(indices, np.arange(N))
+    for name, values in plain.items():
+        np.testing.assert_array_equal(batch[name], values)
+
+
+def test_one_draw_mirrors_every_field_by_its_rule(rich):
+    directory, arrays = rich
+    positions = np.arange(200)
+    rows = positions % N
+    batch = open_cache(directory).read(rows, positions, flip=True, seed=2)
+    flips = (batch["moments"] == MIRRORED[rows]).all((1, 2, 3))
+    assert 60 < flips.sum() < 140
+    np.testing.assert_array_equal(
+        batch["semantic"][flips], arrays["semantic"][rows][flips, :, ::-1]
+    )
+    np.testing.assert_array_equal(batch["semantic"][~flips], arrays["semantic"][rows][~flips])
+    np.testing.assert_array_equal(batch["clip"][:, 0] < 0, flips)
+    np.testing.assert_array_equal(np.strings.startswith(batch["note"], "right"), flips)
+    for name in ("tokens", "embedding"):
+        np.testing.assert_array_equal(batch[name], arrays[name][rows])
+    some = np.array([199, 3, 60])
+    part = open_cache(directory).read(some % N, some, flip=True, seed=2)
+    for name, values in part.items():
+        np.testing.assert_array_equal(values, batch[name][some])
+
+
+def test_flips_are_refused_where_a_stored_copy_was_left_out(rich, tmp_path):
+    write(tmp_path, arrays=rich[1], fields=FURTHER, mirrored=False)
+    cache = open_cache(tmp_path)
+    assert cache.read(np.arange(3), np.arange(3))["clip"].tolist() == [[i] * 4 for i in range(3)]
+    with pytest.raises(InputError, match=r"no mirrored moments, clip, note but flips"):
+        cache.read(np.arange(3), np.arange(3), flip=True)
+
+
+def test_a_record_that_lacks_a_field_is_damaged(rich, tmp_path):
+    shutil.copytree(rich[0], tmp_path / "cache")
+    path = tmp_path / "cache" / "manifest.json"
+    raw = json.loads(path.read_text())
+    for change, message in (
+        ({"name": "depth"}, r"cannot be read \('depth.*run `ldm cache-latents`"),
+        ({"shape": [4, 16]}, r"semantic has shape \(4, 8, 8\), the field \(4, 16\)"),
+    ):
+        fields = [{**raw["fields"][0], **change}, *raw["fields"][1:]]
+        path.write_text(json.dumps({**raw, "fields": fields}))
+        with pytest.raises(InputError, match=message):
+            open_cache(tmp_path / "cache").read(np.arange(2), np.arange(2))

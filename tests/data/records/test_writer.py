@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
+from ldm_jax.data.fields import Field
 from ldm_jax.data.records.manifest import load_manifest, plan_shards
 from ldm_jax.data.records.reader import open_cache
 from ldm_jax.data.records.writer import begin, finish, write_shard
@@ -136,3 +137,22 @@ def test_a_shard_with_other_examples_than_planned_is_a_defect(tmp_path):
 def test_begin_refuses_an_address_it_cannot_rename_in():
     with pytest.raises(InputError, match=r"gs://bucket/x must be a local or mounted path"):
         begin("gs://bucket/x", spec())
+
+
+def test_further_fields_are_checked_and_named_with_their_example(tmp_path):
+    fields = (Field("embedding", (2,), "float32"),)
+    good = np.random.default_rng(0).normal(size=(N, 2)).astype(np.float32)
+    broken = good.copy()
+    broken[6, 1] = np.inf
+    for values, message in (
+        (broken, r"embedding of example 6 are not finite; mend the example"),
+        (good[:, :1], r"embedding of example 0 is float32 \(1,\) but the field is float32 \(2,\)"),
+        (good.astype(str), r"embedding of example 0 is <U32 .* but the field is float32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write(tmp_path, arrays={"embedding": values}, fields=fields)
+    with pytest.raises(InputError, match=r"embedding of example 0 is missing"):
+        write(tmp_path, fields=fields)
+    with pytest.raises(InputError, match=r"fields is .*'name': 'embedding'.* would write \(\)"):
+        begin(tmp_path, spec())
+    write(tmp_path, arrays={"embedding": good}, fields=fields)

@@ -43,7 +43,12 @@ def encoded(shard, size=5):
         }
 
 
-def write(directory, size=5, **changes):
+def write(directory, size=5, arrays=None, **changes):
+    """`arrays` [N, ...] by name are written beside the others; `changes` are the spec's."""
     for shard in begin(directory, spec(**changes)):
-        write_shard(directory, spec(**changes), shard, encoded(shard, size))
+        batches = (
+            {**batch, **{name: array[batch["index"]] for name, array in (arrays or {}).items()}}
+            for batch in encoded(shard, size)
+        )
+        write_shard(directory, spec(**changes), shard, batches)
     return finish(directory, spec(**changes))
