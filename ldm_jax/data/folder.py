@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.data import pixels
+from ldm_jax.data.fields import CAPTION, LABEL
 from ldm_jax.data.sources import Example, Source, digest
 from ldm_jax.errors import InputError
 
@@ -65,14 +66,14 @@ def folder(root: str, split: str, held_out_fraction: float) -> Source:
         for i in indices:
             entry = entries[i]
             path = f"{base}/{entry.path}"
-            image = pixels.decode(_read(path), path)
-            out.append((image, numbers[str(entry.class_name)], entry.caption))
+            image, label = pixels.decode(_read(path), path), numbers[str(entry.class_name)]
+            out.append({"image": image, "label": label, "caption": entry.caption})
         return out
 
     return Source(
         num_examples=len(entries),
         class_names=names,
-        has_captions=any(e.caption for e in entries),
+        fields=(LABEL, CAPTION) if any(e.caption for e in entries) else (LABEL,),
         identity=digest(["folder", names, [list(e) for e in entries]]),
         listing=digest(["folder", names, [[e.path, e.class_name, e.caption] for e in entries]]),
         load=load,

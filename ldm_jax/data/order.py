@@ -9,7 +9,7 @@ import functools
 import numpy as np
 
 from ldm_jax.data import draws
-from ldm_jax.errors import InputError
+from ldm_jax.errors import within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,7 @@ class Order:
 
     def __post_init__(self):
         for field in ("num_examples", "block", "window"):
-            value = getattr(self, field)
-            if value < 1:
-                raise InputError(f"{field} {value} of the data order must be at least 1")
+            within(f"data order: {field}", getattr(self, field), "[1, inf)")
 
     def examples(self, positions: np.ndarray) -> np.ndarray:
         """Data set indices int64 [b] of the stream positions int64 [b], counted from 0."""

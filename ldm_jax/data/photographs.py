@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.data import pixels
+from ldm_jax.data.fields import LABEL
 from ldm_jax.data.sources import Example, Source, digest
 from ldm_jax.errors import InputError
 
@@ -59,7 +60,7 @@ def photographs(split: str, resolution: int) -> Source:
     def cut(cell: _Cell, top: int, left: int) -> Example:
         region = regions[cell.photograph, cell.reduction]
         square = region[top : top + resolution, left : left + resolution]
-        return Image.fromarray(square), cell.photograph, ""
+        return {"image": Image.fromarray(square), "label": cell.photograph}
 
     def load(indices: np.ndarray) -> list[Example]:
         return [cut(cells[i], cells[i].top, cells[i].left) for i in indices]
@@ -76,7 +77,7 @@ def photographs(split: str, resolution: int) -> Source:
     return Source(
         num_examples=len(cells),
         class_names=tuple(FILES),
-        has_captions=False,
+        fields=(LABEL,),
         identity=digest(["photographs", split, contents, cells]),
         load=load,
         listing=digest(["photographs", split, list(FILES), cells]),

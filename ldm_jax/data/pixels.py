@@ -1,5 +1,6 @@
-"""From a file's bytes to a uint8 RGB square: decode, resize the short side, crop."""
+"""From a picture's bytes to a uint8 RGB square: decode, resize the short side, crop."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -16,6 +17,25 @@ KERNELS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """The one geometric draw of an example, which its image and all its fields obey."""
+
+    resolution: int  # pixels
+    kernel: str  # of the image's resize; maps take the nearest pixel
+    place: float  # in [0, 1], of the crop along the long side; 0.5 is the centre
+    mirrored: bool  # left to right; what that means for a field, its rule in MIRRORS says
+
+    def crop_image(self, image: Image.Image) -> np.ndarray:
+        """uint8 [R,R,3]."""
+        cut = square(image, self.resolution, self.kernel, self.place)
+        return np.asarray(cut.convert("RGB"))
+
+    def crop_map(self, values: np.ndarray) -> np.ndarray:
+        """[h,w,...] of the image's size -> [R,R,...]."""
+        return square_map(values, self.resolution, self.place)
 
 
 def decode(data: bytes, name: str) -> Image.Image:
@@ -61,13 +81,32 @@ def cover(
     place in [0, 1] chooses the crop along the side that is too long: 0.5 is the centre. An image
     whose other side fits already is not resampled.
     """
-    wide, high = image.size
+    size, left, top = _covering(image.size, height, width, place)
+    if size != image.size:
+        image = image.resize(size, KERNELS[kernel])
+    return image.crop((left, top, left + width, top + height))
+
+
+def square_map(values: np.ndarray, resolution: int, place: float = 0.5) -> np.ndarray:
+    """[h,w,...] -> [R,R,...]: the map of an image, cut as `square` cuts the image.
+
+    Every place has the value of the nearest source pixel, as numbers of classes have no mean.
+    """
+    high, wide = values.shape[:2]
+    size, left, top = _covering((wide, high), resolution, resolution, place)
+    across, down = (np.arange(start, start + resolution) + 0.5 for start in (left, top))
+    rows = (down * (high / size[1])).astype(np.int64)
+    columns = (across * (wide / size[0])).astype(np.int64)
+    return values[rows[:, None], columns]
+
+
+def _covering(
+    size: tuple[int, int], height: int, width: int, place: float
+) -> tuple[tuple[int, int], int, int]:
+    """The size (w, h) that just covers, and the left and top of the crop in it."""
+    wide, high = size
     if wide * height >= high * width:
         size = (max(width, round(wide * height / high)), height)
     else:
         size = (width, max(height, round(high * width / wide)))
-    if size != image.size:
-        image = image.resize(size, KERNELS[kernel])
-    left = round((size[0] - width) * place)
-    top = round((size[1] - height) * place)
-    return image.crop((left, top, left + width, top + height))
+    return size, round((size[0] - width) * place), round((size[1] - height) * place)

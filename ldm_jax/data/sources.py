@@ -11,20 +11,26 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.data import draws, pixels
+from ldm_jax.data.fields import CAPTION, LABEL, Field
 from ldm_jax.errors import InputError
 
-Example = tuple[Image.Image, int, str]  # RGB or grey image, label, caption ("" without captions)
+Example = dict[str, Any]  # "image": RGB or grey PIL image, and an array per array of the fields
 
 _CAPTIONS = ("caption", "captions", "text")  # other Text features are file names, ids, urls
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split of a data set; its examples have a fixed order."""
+    """One split of a data set; its examples have a fixed order.
+
+    `fields` is what an example has beside its image, the label always among them. A map, such as
+    classes by pixel, is [h,w,...] in an example, of the picture's own size; its field has the shape
+    [R,R,...] of the square that training cuts from both.
+    """
 
     num_examples: int
     class_names: tuple[str, ...]
-    has_captions: bool
+    fields: tuple[Field, ...]
     identity: str  # sha256 hex of what the split holds
     load: Callable[[np.ndarray], list[Example]]  # indices int64 [b]; InputError for a broken image
     listing: str = ""  # sha256 hex of names and labels without contents, where that is less
@@ -52,12 +58,16 @@ def digits(split: str, resolution: int, kernel: str, held_out_fraction: float) -
             members[draws.permutation(0, "digits held out", (label, 0), len(members))[:count]]
         ] = 1
     chosen = np.flatnonzero(held_out == (split == "held_out"))
+
+    def load(indices: np.ndarray) -> list[Example]:
+        return [{"image": images[i], "label": int(labels[i])} for i in chosen[indices]]
+
     return Source(
         num_examples=len(chosen),
         class_names=tuple("0123456789"),
-        has_captions=False,
+        fields=(LABEL,),
         identity=digest(["digits", chosen.tolist()]),
-        load=lambda indices: [(images[i], int(labels[i]), "") for i in chosen[indices]],
+        load=load,
     )
 
 
@@ -110,8 +120,10 @@ def tfds(name: str, data_dir: str, tfds_split: str) -> Source:
         out = []
         for i, record in zip(indices, records.__getitems__([int(i) for i in indices]), strict=True):
             image = pixels.decode(record[image_key], f"{i} of {where}, split {tfds_split}")
-            caption = record[caption_key].decode() if caption_key else ""
-            out.append((image, int(record[label_key]) if label_key else 0, caption))
+            example = {"image": image, "label": int(record[label_key]) if label_key else 0}
+            if caption_key:
+                example["caption"] = record[caption_key].decode()
+            out.append(example)
         return out
 
     names = builder.info.features[label_key].names if label_key else ("all",)
@@ -119,7 +131,7 @@ def tfds(name: str, data_dir: str, tfds_split: str) -> Source:
     return Source(
         num_examples=len(records),
         class_names=tuple(names),
-        has_captions=bool(caption_key),
+        fields=(LABEL, CAPTION) if caption_key else (LABEL,),
         identity=digest(["tfds", builder.info.full_name, tfds_split, len(records), shards]),
         load=load,
     )

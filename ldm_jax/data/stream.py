@@ -2,13 +2,14 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 
 import grain.python as grain
 import numpy as np
 
+from ldm_jax.data.fields import Drawn
 from ldm_jax.data.order import Order
-from ldm_jax.errors import InputError
+from ldm_jax.errors import divides, within
 
 Batch = dict[str, np.ndarray]
 Read = Callable[[np.ndarray, np.ndarray], Batch]  # (indices int64 [b], positions int64 [b])
@@ -35,6 +36,23 @@ class _Steps:
         return {**self.read(indices, positions), "index": indices}
 
 
+def with_drawn(read: Read, drawn: Iterable[Drawn], seed: int) -> Read:
+    """What `read` gives and, beside it, fields that are drawn anew at every position."""
+    drawn = tuple(drawn)
+
+    def read_and_draw(indices: np.ndarray, positions: np.ndarray) -> Batch:
+        batch = dict(read(indices, positions))
+        for field in drawn:
+            assert field.name not in batch, f"the field {field.name!r} is stored and drawn"
+            values = field.draw(seed, positions)
+            have, want = (values.shape, values.dtype), ((len(positions), *field.shape), field.dtype)
+            assert have == want, f"the drawn field {field.name!r} is {have}, not {want}"
+            batch[field.name] = values
+        return batch
+
+    return read_and_draw
+
+
 def batches(
     read: Read,
     order: Order,
@@ -55,21 +73,12 @@ def batches(
     Raises InputError when the sizes do not fit, at once; what `read` raises reaches the consumer
     at the batch concerned.
     """
-    if batch_size < 1 or shard_count < 1 or batch_size % shard_count:
-        nearest = max(1, round(batch_size / max(1, shard_count))) * max(1, shard_count)
-        raise InputError(
-            f"batch_size {batch_size} must divide by {shard_count} processes; nearest: {nearest}"
-        )
-    if not 0 <= shard_index < shard_count or start_step < 0:
-        raise InputError(
-            f"shard_index {shard_index} must lie in [0, {shard_count}) and start_step {start_step} "
-            "must not be negative"
-        )
-    if num_threads < 0 or prefetch < 0:
-        raise InputError(
-            f"num_threads {num_threads} and prefetch {prefetch} must not be negative; "
-            "0 reads in the caller's thread"
-        )
+    within("shard_count", shard_count, "[1, inf)", "it is the number of processes that read")
+    divides("batch_size", batch_size, shard_count, "the number of processes")
+    within("shard_index", shard_index, f"[0, {shard_count})", "count processes from 0")
+    within("start_step", start_step, "[0, inf)", "count steps from 0")
+    within("num_threads", num_threads, "[0, inf)", "0 reads in the caller's thread")
+    within("prefetch", prefetch, "[0, inf)", "0 reads a batch when it is wanted")
     steps = _Steps(read, order, batch_size, shard_index, shard_count)
     # grain's defaults (16 threads, 500 whole batches) would take gigabytes.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -11,11 +11,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from ldm_jax.data import images, latent_writer
-from ldm_jax.data.latent_manifest import Manifest, Shard, Spec
+from ldm_jax.data import images
+from ldm_jax.data.fields import CAPTION, LABEL
+from ldm_jax.data.records import writer
+from ldm_jax.data.records.manifest import Manifest, Shard, Spec
 from ldm_jax.models import autoencoder
 from ldm_jax.runs.first_stage import FirstStage, load_first_stage
 from ldm_jax.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, use_mesh
+
+Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,18 +49,18 @@ def run(workdir: Path, settings: CacheOptions, out: Path | None = None) -> dict[
         split: images.open_images(first_stage.run.images, split, augment=False)
         for split in settings.splits
     }
-    encode = compile_encoder(first_stage, mesh, settings.mirrored)
+    encode = compile_encoder(first_stage, mesh, settings.batch_size, settings.mirrored)
     manifests = {}
     for split, source in sources.items():
         spec = make_spec(first_stage, source, split, settings)
-        todo = latent_writer.begin(out / split, spec)[jax.process_index() :: jax.process_count()]
+        todo = writer.begin(out / split, spec)[jax.process_index() :: jax.process_count()]
         _barrier(f"latents-begin-{split}")
         for shard in todo:
-            batches = _encoded(encode, first_stage, source, shard, settings, mesh)
-            latent_writer.write_shard(out / split, spec, shard, batches)
+            batches = _encoded(encode, source, shard, settings.batch_size)
+            writer.write_shard(out / split, spec, shard, batches)
         _barrier(f"latents-end-{split}")
         if jax.process_index() == 0:
-            manifests[split] = latent_writer.finish(out / split, spec)
+            manifests[split] = writer.finish(out / split, spec)
     return manifests
 
 
@@ -79,11 +83,16 @@ def make_spec(
         mirrored=settings.mirrored,
         pack=settings.pack,
         shard_examples=settings.shard_examples,
+        fields=tuple(field for field in source.fields if field not in (LABEL, CAPTION)),
     )
 
 
-def compile_encoder(first_stage: FirstStage, mesh: Mesh, mirrored: bool):
-    """(params, uint8 images [B,H,W,3]) -> moments f32 [B,h,w,2C or C], mirrored too."""
+def compile_encoder(first_stage: FirstStage, mesh: Mesh, batch_size: int, mirrored: bool) -> Encode:
+    """Images uint8 [n,H,W,3], n <= batch_size, to host arrays: moments f32 [n,h,w,2C or C].
+
+    Also of the mirrored images where `mirrored` is set. `batch_size` divides by the mesh.
+    """
+    sharding = batch_sharding(mesh)
 
     def encode(params, image):
         with use_mesh(mesh):
@@ -94,16 +103,21 @@ def compile_encoder(first_stage: FirstStage, mesh: Mesh, mirrored: bool):
                 moments["moments_mirrored"] = mirror
             return moments
 
-    return jax.jit(encode, out_shardings=batch_sharding(mesh))
+    compiled = jax.jit(encode, out_shardings=sharding)
+
+    def filled(image: np.ndarray) -> dict[str, np.ndarray]:
+        # The last batch is filled up with copies, so that one program serves all.
+        rows = np.minimum(np.arange(batch_size), len(image) - 1)
+        moments = jax.device_get(
+            compiled(first_stage.params, jax.device_put(image[rows], sharding))
+        )
+        return {name: value[: len(image)] for name, value in moments.items()}
+
+    return filled
 
 
 def _encoded(
-    encode,
-    first_stage: FirstStage,
-    source: images.ImageSplit,
-    shard: Shard,
-    settings: CacheOptions,
-    mesh: Mesh,
+    encode: Encode, source: images.ImageSplit, shard: Shard, batch_size: int
 ) -> Iterator[dict[str, np.ndarray]]:
     bar = tqdm(
         desc=shard.name,
@@ -114,19 +128,12 @@ def _encoded(
     )
     stop = shard.start + shard.num_examples
     with bar:
-        for start in range(shard.start, stop, settings.batch_size):
-            indices = np.arange(start, min(start + settings.batch_size, stop), dtype=np.int64)
+        for start in range(shard.start, stop, batch_size):
+            indices = np.arange(start, min(start + batch_size, stop), dtype=np.int64)
             batch = source.read(indices, indices)
-            # The last batch is filled up with copies, so that one program serves all.
-            rows = np.minimum(np.arange(settings.batch_size), len(indices) - 1)
-            image = jax.device_put(batch["image"][rows], batch_sharding(mesh))
-            moments = jax.device_get(encode(first_stage.params, image))
-            out = {name: value[: len(indices)] for name, value in moments.items()}
-            out |= {"label": batch["label"], "index": indices}
-            if "caption" in batch:
-                out["caption"] = batch["caption"]
+            moments = encode(batch.pop("image"))
             bar.update(len(indices))
-            yield out
+            yield {**batch, **moments, "index": indices}
 
 
 def _barrier(name: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from ldm_jax.data.latent_manifest import MANIFEST, load_manifest
+from ldm_jax.data.records.manifest import MANIFEST, load_manifest
 from ldm_jax.errors import InputError
 from ldm_jax.interop import diffusers
 from ldm_jax.runs.first_stage import FirstStage, load_first_stage

@@ -7,8 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ldm_jax.data import latent_cache
-from ldm_jax.data.latent_cache import LatentCache
+from ldm_jax.data.records.reader import LatentCache, open_cache
 from ldm_jax.errors import InputError
 from ldm_jax.models import conditions
 from ldm_jax.runs import held_out
@@ -48,6 +47,7 @@ def run(
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         rows = cache.read(indices, positions, flip=config.flip, seed=config.seed)
+        rows["position"] = positions
         return {"moments": rows["moments"], **conditions.read(config.model.conditions, rows)}
 
     return fit(
@@ -63,7 +63,7 @@ def run(
 
 def _open(config: DenoiserRun, split: str, encoder_hash: str) -> LatentCache:
     where = Path(config.latents) / split
-    return latent_cache.open_cache(where, expect={"encoder_hash": encoder_hash})
+    return open_cache(where, expect={"encoder_hash": encoder_hash})
 
 
 def describe(cache: LatentCache, facts: LatentFacts) -> dict:

@@ -40,6 +40,11 @@ class Condition(Protocol):
     @property
     def widths(self) -> Widths: ...
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of an example that `read` reads."""
+        ...
+
     def entries(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The entries of a batch that it reads, shapes of one example."""
         ...
@@ -59,7 +64,11 @@ class Condition(Protocol):
         ...
 
     def read(self, rows: Mapping[str, Any]) -> dict[str, Any]:
-        """Its entries, host arrays, from those of a cache's or a source's batch."""
+        """Its entries, host arrays [b, ...], from the fields of a cache's or a source's batch.
+
+        Beside them `position` int64 [b], the examples' places in the stream, seeds what is drawn
+        anew at every step, such as masks.
+        """
         ...
 
 
@@ -79,6 +88,10 @@ class ClassCondition:
     @property
     def widths(self) -> Widths:
         return Widths(tokens=self.context_dim)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return ("label",)
 
     def entries(self) -> dict[str, jax.ShapeDtypeStruct]:
         return {"label": jax.ShapeDtypeStruct((), jnp.int32)}

@@ -15,7 +15,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from ldm_jax.data.latent_manifest import Manifest
+from ldm_jax.data.records.manifest import Manifest
 from ldm_jax.diffusion import objective
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
@@ -36,8 +36,8 @@ class LatentFacts:
     latent_shape: tuple[int, int, int]  # (H, W, C) of the first stage
     posterior: str  # "gaussian" | "point": what the moments are
     whitening: Whitening
-    # Of one example, by name, beside the moments; None: whatever the conditions ask for.
-    fields: Mapping[str, jax.ShapeDtypeStruct] | None = None
+    # Field -> shape of one example, beside the moments; None: whatever the conditions ask for.
+    fields: Mapping[str, tuple[int, ...]] | None = None
     num_classes: int = 0  # of the labels; 0 = not known
 
     @property
@@ -59,14 +59,9 @@ def facts_of_manifest(run: DenoiserRun, manifest: Manifest) -> LatentFacts:
             run.scale_factor,
             run.shift_factor,
         ),
-        fields_of(manifest),
+        {field.name: field.shape for field in manifest.table if field.name != "moments"},
         manifest.num_classes,
     )
-
-
-def fields_of(manifest: Manifest) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a cache holds of an example that a network can be given."""
-    return {"label": jax.ShapeDtypeStruct((), "int32")}
 
 
 def facts_of_record(record: dict[str, Any], posterior: str) -> LatentFacts:
@@ -195,15 +190,18 @@ def check_model(run: DenoiserRun, facts: LatentFacts, channels: int) -> None:
             )
     if facts.fields is None:
         return
-    for name, spec in conditions.entries(run.model.conditions).items():
-        have = facts.fields.get(name)
-        if have is None:
-            raise InputError(
-                f"config.model.conditions read {name!r} of an example, and the latent cache holds "
-                f"{sorted(facts.fields)}; cache it with the latents, or leave the condition out"
-            )
-        if have.shape != spec.shape:
-            raise InputError(
-                f"config.model.conditions read {name!r} of shape {spec.shape}, and the latent "
-                f"cache holds {have.shape}; give the condition that size"
-            )
+    entries = conditions.entries(run.model.conditions)
+    for name, condition in run.model.conditions.items():
+        for field in condition.fields:
+            have, want = facts.fields.get(field), entries.get(field)
+            if have is None:
+                raise InputError(
+                    f"config.model.conditions.{name} reads {field!r} of an example, and the latent "
+                    f"cache holds {sorted(facts.fields)}; cache it with the latents, or leave the "
+                    f"condition out with --config.model.conditions.{name}.kind=none"
+                )
+            if want is not None and have != want.shape:
+                raise InputError(
+                    f"config.model.conditions.{name} reads {field!r} of shape {want.shape}, and "
+                    f"the latent cache holds {have}; give the condition that size"
+                )

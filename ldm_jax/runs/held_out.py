@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_jax.data.latent_cache import LatentCache
+from ldm_jax.data.records.reader import LatentCache
 from ldm_jax.errors import InputError
 from ldm_jax.models import conditions
 from ldm_jax.runs.build import LatentFacts, denoising_of
@@ -75,7 +75,7 @@ def hook(config: DenoiserRun, facts: LatentFacts, mesh: Mesh, cache: LatentCache
     kept = dataclasses.replace(config.loss, condition_dropout=0.0)
     losses = per_example(dataclasses.replace(denoising_of(config, facts), loss=kept, seed=SEED))
     indices = spread(len(cache), config.eval_examples)
-    rows = cache.read(indices, indices)
+    rows = cache.read(indices, indices) | {"position": indices}
     batch = {"moments": rows["moments"], **conditions.read(config.model.conditions, rows)}
     size = min(max(1, config.batch_size // config.accumulate), len(indices))
     measure = compile_losses(losses, batch, indices, mesh, size)

@@ -1,4 +1,3 @@
-import io
 import shutil
 
 import numpy as np
@@ -6,16 +5,12 @@ import pytest
 from PIL import Image
 
 from ldm_jax.data import pixels
+from ldm_jax.data.fields import LABEL, Field
 from ldm_jax.data.images import SOURCES, ImagesConfig, open_images
 from ldm_jax.data.order import Order
 from ldm_jax.data.stream import batches
 from ldm_jax.errors import InputError
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+from tests.data import toy
 
 
 def noise(width, height, seed=0):
@@ -125,58 +120,78 @@ def test_without_augment_nothing_is_random(photos):
     np.testing.assert_array_equal(a, b)
 
 
-def test_resize_is_antialiased_and_keeps_the_aspect():
-    checks = np.indices((64, 128)).sum(0) % 2 * 255
-    grey = pixels.square(Image.fromarray(checks.astype(np.uint8)), 8, "bicubic")
-    assert grey.size == (8, 8)
-    assert np.abs(np.asarray(grey).astype(int) - 127).max() <= 3
-    tall = Image.fromarray(np.repeat(np.arange(100, dtype=np.uint8)[:, None], 20, 1))
-    rows = np.asarray(pixels.square(tall, 10, "box"))[:, 0]
-    assert rows.min() >= 39 and rows.max() <= 60  # rows 40..59 of 0..99, halved
+@pytest.fixture
+def toys(monkeypatch):
+    """Opens the toy source with any fields, its training squares augmented."""
+
+    def opened(*fields, crop="random", flip=True, **changes):
+        made = toy.source(*fields, **changes)
+        monkeypatch.setitem(SOURCES, "toy", lambda config, split: made)
+        config = ImagesConfig("toy", resolution=toy.RESOLUTION, crop=crop, flip=flip)
+        return open_images(config, "train", augment=True, seed=3)
+
+    return opened
 
 
-def test_resize_leaves_an_image_alone_when_its_short_side_fits():
-    image = noise(12, 8)
-    np.testing.assert_array_equal(
-        np.asarray(pixels.square(image, 8, "lanczos")), np.asarray(image)[:, 2:10]
-    )
+def test_a_map_stays_on_its_picture_whatever_the_crop_and_the_flip(toys):
+    images = toys()
+    positions = np.arange(300)
+    batch = images.read(positions % toy.COUNT, positions)
+    np.testing.assert_array_equal(batch["semantic"], batch["image"][..., 2].astype(int) + 1000)
+    columns = batch["image"][:, 0, :, 0].astype(int)
+    mirrored = columns[:, 0] > columns[:, -1]
+    assert 100 < mirrored.sum() < 200 and len(np.unique(columns.min(1))) == 14
+    for row, i in enumerate(positions[:50] % toy.COUNT):
+        example, left = toy.example(int(i)), columns[row].min()
+        cut = example["semantic"][:, left : left + toy.RESOLUTION]
+        np.testing.assert_array_equal(
+            batch["semantic"][row], cut[:, ::-1] if mirrored[row] else cut
+        )
+        for name in ("tokens", "embedding", "label"):
+            np.testing.assert_array_equal(batch[name][row], example[name])
 
 
-def test_decode_gives_rgb_for_every_pixel_mode():
-    grey = np.linspace(0, 255, 64).round().astype(np.uint8).reshape(8, 8)
-    rgb = Image.merge("RGB", [Image.fromarray(grey)] * 3)
-    wide_grey = Image.fromarray(grey.astype(np.uint16) * 257)
-    palette = rgb.quantize(256)
-    alpha = rgb.copy()
-    alpha.putalpha(Image.new("L", (8, 8), 255))
-    for image in (rgb, Image.fromarray(grey), wide_grey, palette, alpha, alpha.convert("LA")):
-        got = pixels.decode(encoded(image), "x")
-        assert got.mode == "RGB"
-        np.testing.assert_allclose(np.asarray(got)[..., 1].astype(int), grey, atol=1)
-    cmyk = pixels.decode(encoded(rgb.convert("CMYK"), "JPEG", quality=100, subsampling=0), "x")
-    np.testing.assert_allclose(np.asarray(cmyk)[..., 1].astype(int), grey, atol=12)
+def test_further_fields_leave_the_pictures_as_they_are(toys):
+    n = np.arange(toy.COUNT)
+    plain, rich = toys(LABEL).read(n, n + 50), toys().read(n, n + 50)
+    assert set(plain) == {"image", "label"}
+    assert set(rich) == {"image", *(field.name for field in toy.FIELDS)}
+    np.testing.assert_array_equal(plain["image"], rich["image"])
 
 
-def test_decode_lays_transparent_pixels_on_white():
-    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
-    assert (np.asarray(pixels.decode(encoded(clear), "x")) == 255).all()
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([9, 9, 9])
-    assert (np.asarray(pixels.decode(encoded(palette, transparency=0), "x")) == 255).all()
+def test_fields_follow_the_mirroring_of_their_picture_where_a_copy_is_stored(toys):
+    images = toys(LABEL, toy.CLIP)
+    positions = np.arange(100)
+    batch = images.read(positions % toy.COUNT, positions)
+    columns = batch["image"][:, 0, :, 0].astype(int)
+    mirrored = columns[:, 0] > columns[:, -1]
+    np.testing.assert_array_equal(batch["clip"][:, 0] < 0, mirrored)
+    assert "clip_mirrored" not in batch
+    both = toys(LABEL, toy.CLIP, flip=False).read(np.arange(5), np.arange(5))
+    np.testing.assert_array_equal(both["clip_mirrored"], -1 - both["clip"])
 
 
-def test_decode_turns_an_image_upright_by_its_exif_orientation():
-    image = noise(6, 4)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned: to be rotated 90 degrees clockwise
-    got = pixels.decode(encoded(image, exif=exif), "x")
-    np.testing.assert_array_equal(np.asarray(got), np.rot90(np.asarray(image), -1))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": None}, r"example 4 has no tokens, a field of its source; mend"),
+        ({"tokens": np.zeros(4, np.int32)}, r"tokens of example 4 has shape \(4,\), not \(5,\)"),
+        ({"tokens": np.zeros(5)}, r"tokens of example 4 is float64 \(5,\) but the field is int32"),
+        ({"semantic": np.zeros((8, 20), int)}, r"shape \(8, 20\) but its image \(8, 21\)"),
+        ({"semantic": np.zeros((8, 21, 2), int)}, r"shape \(8, 8, 2\), not \(8, 8\)"),
+        ({"embedding": np.full((5, 3), np.nan)}, r"embedding of example 4 are not finite"),
+    ],
+)
+def test_an_example_that_is_not_what_its_fields_say_is_named(toys, changes, message):
+    with pytest.raises(InputError, match=message):
+        toys(**changes).read(np.array([4]), np.array([0]))
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", encoded(noise(64, 64))[:900]])
-def test_decode_names_a_corrupt_image(data):
-    with pytest.raises(InputError, match=r"cannot decode image a/b\.png .*replace the file"):
-        pixels.decode(data, "a/b.png")
+def test_flips_are_refused_where_a_field_has_no_mirrored_form(toys):
+    written = Field("written", (), "int32", "none")
+    with pytest.raises(InputError, match=r"train split of toy has no mirrored written but flips"):
+        toys(LABEL, written)
+    toys(LABEL, written, flip=False)
 
 
 def test_fingerprint_follows_the_files_and_the_recipe_and_not_the_place(photos, tmp_path):
@@ -201,7 +216,7 @@ def test_fingerprint_follows_the_files_and_the_recipe_and_not_the_place(photos, 
         ({"kernel": "cubic"}, r"images\.kernel 'cubic'"),
         ({"crop": "middle"}, r"images\.crop 'middle'"),
         ({"resolution": 0}, r"images\.resolution 0"),
-        ({"held_out_fraction": 1.0}, r"images\.held_out_fraction 1\.0 must lie in"),
+        ({"held_out_fraction": 1.0}, r"images\.held_out_fraction 1\.0 must be in"),
     ],
 )
 def test_config_refuses_values_it_does_not_know(options, message):

@@ -118,7 +118,10 @@ def test_a_square_larger_than_the_smallest_region_is_refused(split):
 def test_without_scikit_image_the_remedy_is_named(monkeypatch):
     photographs._pictures.cache_clear()
     real = importlib.util.find_spec
-    missing = lambda name, *rest: None if name == "skimage" else real(name, *rest)  # noqa: E731
+
+    def missing(name, *rest):
+        return None if name == "skimage" else real(name, *rest)
+
     monkeypatch.setattr(importlib.util, "find_spec", missing)
     with pytest.raises(InputError, match="pip install scikit-image"):
         opened()

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax.data import latent_cache
+from ldm_jax.data.records.reader import open_cache
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import cache_latents, evaluate, train_autoencoder, train_denoiser
 from ldm_jax.models import quantizer
@@ -50,7 +50,7 @@ def fine_tuned(vq):
 
 
 def test_cache_holds_latents_before_quantization(vq):
-    cache = latent_cache.open_cache(vq / "latents" / "train")
+    cache = open_cache(vq / "latents" / "train")
     assert cache.manifest.posterior == "point"
     rows = np.arange(8)
     z = cache.read(rows, rows)["moments"]
@@ -110,7 +110,7 @@ def test_identity_stage_caches_the_pixels_themselves(tmp_path):
     cache_latents.run(
         tmp_path, cache_latents.CacheOptions(batch_size=64, pack=8, shard_examples=64)
     )
-    cache = latent_cache.open_cache(tmp_path / "latents" / "held_out")
+    cache = open_cache(tmp_path / "latents" / "held_out")
     source = evaluate.images.open_images(run.images, "held_out", augment=False)
     rows = np.arange(16)
     pixels = source.read(rows, rows)["image"] / 127.5 - 1

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from ldm_jax.train.steps import draw_keys
 
 from ldm_jax.interop import names
 from ldm_jax.interop.autoencoder_names import diffusers_names, shapes
@@ -18,7 +19,6 @@ from ldm_jax.keys import normal_like
 from ldm_jax.models import autoencoder, discriminator, quantizer
 from ldm_jax.train import adversarial
 from ldm_jax.train.first_stage import AutoencoderLoss, Recipe, autoencoder_loss
-from ldm_jax.train.steps import draw_keys
 from tests.parity import reference, test_discriminator, test_perceptual
 
 pytestmark = pytest.mark.parity

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ldm_jax.train.steps import draw_keys
 
 from ldm_jax.errors import InputError
 from ldm_jax.keys import normal_like
@@ -17,7 +18,6 @@ from ldm_jax.train.first_stage import (
     autoencoder_loss,
     reconstruction_loss,
 )
-from ldm_jax.train.steps import draw_keys
 from tests import tiny
 
 PLAIN = AutoencoderLoss(perceptual_weight=0.0)

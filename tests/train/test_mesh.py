@@ -5,15 +5,16 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from ldm_jax.train.gradient import positions
 
-from ldm_jax.data import latent_cache, stream
+from ldm_jax.data import stream
+from ldm_jax.data.records.reader import open_cache
 from ldm_jax.diffusion.noise_levels import uniform_timesteps
 from ldm_jax.jobs import train_autoencoder, train_denoiser
 from ldm_jax.models import denoiser
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh, process_slice, put_batch, use_mesh
 from ldm_jax.train import steps
 from ldm_jax.train.checkpoint import Checkpoints
-from ldm_jax.train.gradient import positions
 from ldm_jax.train.log import read_metrics
 from ldm_jax.train.state import abstract_like
 from tests import tiny
@@ -132,7 +133,7 @@ def test_a_checkpoint_of_many_devices_continues_on_one(runs, first_stage, tmp_pa
 
 def batches_and_draws(mesh, first_stage, num_steps=3):
     """Host copies of the first batches and of every draw of their steps, as the mesh sees them."""
-    cache = latent_cache.open_cache(first_stage / "latents" / "train")
+    cache = open_cache(first_stage / "latents" / "train")
     index, count = process_slice(16, mesh)
     read = lambda indices, positions: cache.read(indices, positions, flip=True, seed=3)  # noqa: E731
     out = []

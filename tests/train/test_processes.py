@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax.data import latent_cache
+from ldm_jax.data.records.reader import open_cache
 from ldm_jax.jobs import evaluate
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.log import read_metrics
@@ -79,7 +79,7 @@ def test_two_processes_equal_one(first_stage, tmp_path):
         assert int(state.step) == 11
     # Two processes of four devices write the cache that one of eight wrote, up to rounding.
     one, both = (
-        latent_cache.open_cache(d / "train", verify=True)
+        open_cache(d / "train", verify=True)
         for d in (first_stage / "latents", tmp_path / "latents")
     )
     assert len(both.manifest.shards) > 1

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import grain.python as grain
-import ml_dtypes
 import numpy as np
 
-from ldm_jax.data import draws
-from ldm_jax.data.latent_manifest import (
+from ldm_jax.data import draws, fields
+from ldm_jax.data.order import Order
+from ldm_jax.data.records.manifest import (
     Manifest,
     load_manifest,
     plan_shards,
     refuse_difference,
 )
-from ldm_jax.data.order import Order
 from ldm_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
@@ -44,6 +43,7 @@ class LatentCache:
     def __init__(self, directory: Path, manifest: Manifest):
         self.directory = directory
         self.manifest = manifest
+        self._table = manifest.table
         files = []
         for shard in manifest.shards:
             records = -(-shard.num_examples // manifest.pack)
@@ -63,43 +63,28 @@ class LatentCache:
     def read(
         self, indices: np.ndarray, positions: np.ndarray, *, flip: bool = False, seed: int = 0
     ) -> Batch:
-        """{"moments": f32 [b, *moments_shape], "label": int32 [b]}, "caption" str [b] too.
+        """{"moments": f32 [b, *moments_shape], "label": int32 [b]} and the other fields by name.
 
         Moments are the mean, then logvar, along the last axis, or the latent itself. With `flip`,
-        those of the mirrored image take their place with probability 1/2, drawn from (seed,
-        stream position) alone.
-        Raises InputError when the cache holds no mirrored moments or is damaged.
+        an example is mirrored with probability 1/2, drawn from (seed, stream position) alone, and
+        every field follows its rule.
+        Raises InputError when the cache lacks a field of mirrored images or is damaged.
         """
-        manifest = self.manifest
-        if flip and not manifest.mirrored:
-            raise InputError(
-                f"latent cache {self.directory}: mirrored is False but flips are asked for; turn "
-                "flip off, or write a cache with mirrored moments"
-            )
-        indices = np.asarray(indices, np.int64)
-        flips = draws.uniforms(seed, "flip", positions)[:, 0] < 0.5 if flip else None
-        numbers, slots = np.divmod(indices, manifest.pack)
+        table = self._table
+        flips = np.zeros(len(indices), bool)
+        if flip:
+            fields.check_mirrors(table, f"latent cache {self.directory}")
+            flips = draws.uniforms(seed, "flip", positions)[:, 0] < 0.5
+        numbers, slots = np.divmod(np.asarray(indices, np.int64), self.manifest.pack)
         records = self._records(np.unique(numbers))
-        stored = np.uint16 if manifest.dtype == "bfloat16" else np.float32
-        moments = np.empty((len(indices), *manifest.moments_shape), stored)
-        labels = np.empty(len(indices), np.int32)
-        captions = [""] * len(indices)
+        batch = {f.name: fields.empty(f, len(indices)) for f in table}
         for number, record in records.items():
             rows = np.flatnonzero(numbers == number)
-            moments[rows] = record["moments"][slots[rows]]
-            labels[rows] = record["label"][slots[rows]]
-            if flips is not None:
-                mirrored = rows[flips[rows]]
-                moments[mirrored] = record["moments_mirrored"][slots[mirrored]]
-            if manifest.has_captions:
-                for row in rows:
-                    captions[row] = str(record["caption"][slots[row]])
-        if manifest.dtype == "bfloat16":
-            moments = moments.view(ml_dtypes.bfloat16).astype(np.float32)
-        batch = {"moments": moments, "label": labels}
-        if manifest.has_captions:
-            batch["caption"] = np.array(captions, np.str_)
-        return batch
+            for field in table:
+                names = field.array_names if flip else (field.name,)
+                arrays = {name: record[name][slots[rows]] for name in names}
+                batch[field.name][rows] = fields.flipped(field, arrays, flips[rows])
+        return {f.name: fields.to_batch(f, batch[f.name]) for f in table}
 
     def _records(self, numbers: np.ndarray) -> dict[int, Batch]:
         """The decoded records, those lately used from memory."""
@@ -132,6 +117,12 @@ class LatentCache:
             end = min(start + self.manifest.pack, len(self))
             if not np.array_equal(record["index"], np.arange(start, end)):
                 raise ValueError(f"it holds the examples {record['index']}, not {start}..{end - 1}")
+            for field in self._table:
+                for name in field.array_names:
+                    shape = record[name].shape  # KeyError names what is missing
+                    if shape != (end - start, *field.shape):
+                        raise ValueError(f"{name} has shape {shape}, the field {field.shape}")
+                    record[name] = fields.from_record(field, record[name])
         except Exception as error:  # zipfile, numpy and struct each raise their own
             raise self._damaged([number], error) from error
         return record

@@ -14,11 +14,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from ldm_jax.data.latent_manifest import (
+from ldm_jax.data import fields
+from ldm_jax.data.records.manifest import (
     MANIFEST,
     SPEC,
     Manifest,
@@ -34,6 +34,11 @@ from ldm_jax.data.latent_manifest import (
 from ldm_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+_MEND = "mend the example in its source"
+_REMEDY = {
+    "moments": "the latents of this autoencoder are unusable: check its weights and its "
+    "reconstructions"
+}
 
 
 def begin(directory: str | Path, spec: Spec) -> tuple[Shard, ...]:
@@ -71,10 +76,9 @@ def missing_shards(directory: str | Path, spec: Spec) -> tuple[Shard, ...]:
 def write_shard(directory: str | Path, spec: Spec, shard: Shard, batches: Iterable[Batch]) -> None:
     """Writes one shard from its examples, in data set order, in batches of any size.
 
-    A batch holds "moments" and, where the spec says so, "moments_mirrored" (f32
-    [b, *spec.moments_shape]), "label" int [b], "index" int [b] and, with captions,
-    "caption" str [b]. Raises InputError when moments are not finite. Until the last byte is on disk
-    the shard does not exist.
+    A batch holds the arrays of `spec.table` [b, ...] by name, moments as f32, and "index" int [b].
+    Raises InputError, naming example and field, for what is missing, not finite, or not what the
+    field says. Until the last byte is on disk the shard does not exist.
     """
     path = Path(directory) / shard.name
     partial = path.with_name(f"{path.name}.partial")
@@ -83,9 +87,8 @@ def write_shard(directory: str | Path, spec: Spec, shard: Shard, batches: Iterab
     writer = ArrayRecordWriter(str(partial), "group_size:1")
     written = 0
     try:
-        for record in _packed(batches, spec.pack):
-            _check(record, spec, shard.start + written)
-            record["moments"] = record["moments"].astype(_numpy_dtype(spec))
+        for batch in _packed(batches, spec.pack):
+            record = _checked(batch, spec, shard.start + written)
             _add(sums, record["moments"], spec)
             writer.write(_encode(record, spec))
             written += len(record["index"])
@@ -128,10 +131,6 @@ def finish(directory: str | Path, spec: Spec) -> Manifest:
     return manifest
 
 
-def _numpy_dtype(spec: Spec):
-    return np.dtype(np.float32) if spec.dtype == "float32" else np.dtype(ml_dtypes.bfloat16)
-
-
 def _packed(batches: Iterable[Batch], pack: int) -> Iterator[Batch]:
     """The same rows in batches of `pack`; the last one may be short."""
     held: Batch | None = None
@@ -145,20 +144,16 @@ def _packed(batches: Iterable[Batch], pack: int) -> Iterator[Batch]:
         yield held
 
 
-def _check(record: Batch, spec: Spec, start: int) -> None:
-    n = len(record["index"])
-    assert np.array_equal(record["index"], np.arange(start, start + n)), (
-        f"the examples from {start} on must come in order, not {record['index']}"
+def _checked(batch: Batch, spec: Spec, start: int) -> Batch:
+    """The arrays of a record, each of its field's dtype."""
+    index = batch["index"]
+    assert np.array_equal(index, np.arange(start, start + len(index))), (
+        f"the examples from {start} on must come in order, not {index}"
     )
-    for name in ("moments", "moments_mirrored") if spec.mirrored else ("moments",):
-        shape = record[name].shape
-        assert shape == (n, *spec.moments_shape), f"{name} {shape} for {spec.moments_shape}"
-        bad = ~np.isfinite(record[name]).all(axis=(1, 2, 3))
-        if bad.any():
-            raise InputError(
-                f"{name} of example {start + int(np.argmax(bad))} are not finite; the latents of "
-                "this autoencoder are unusable: check its weights and its reconstructions"
-            )
+    record = fields.checked(fields.INDEX, batch, index, "")
+    for field in spec.table:
+        record |= fields.checked(field, batch, index, _REMEDY.get(field.name, _MEND))
+    return record
 
 
 def _add(sums: dict[str, np.ndarray], moments: np.ndarray, spec: Spec) -> None:
@@ -172,17 +167,10 @@ def _add(sums: dict[str, np.ndarray], moments: np.ndarray, spec: Spec) -> None:
 
 
 def _encode(record: Batch, spec: Spec) -> bytes:
-    dtype = _numpy_dtype(spec)
-    stored = np.uint16 if spec.dtype == "bfloat16" else np.float32  # npy files know no bfloat16
-    arrays = {
-        "moments": record["moments"].astype(dtype).view(stored),
-        "label": record["label"].astype(np.int32),
-        "index": record["index"].astype(np.int64),
-    }
-    if spec.mirrored:
-        arrays["moments_mirrored"] = record["moments_mirrored"].astype(dtype).view(stored)
-    if spec.has_captions:
-        arrays["caption"] = record["caption"].astype(np.str_)
+    table = {name: field for field in spec.table for name in field.array_names}
+    # The first three come first whatever the table: a record's bytes depend on the order.
+    names = dict.fromkeys(("moments", "label", "index", *table))
+    arrays = {n: fields.to_record(table.get(n, fields.INDEX), record[n]) for n in names}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     return buffer.getvalue()

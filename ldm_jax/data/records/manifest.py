@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ldm_jax.errors import InputError
+from ldm_jax.data import fields
+from ldm_jax.data.fields import Field
+from ldm_jax.errors import InputError, choose, divides
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16")
@@ -34,36 +36,41 @@ class Spec:
     pack: int = 32  # examples in a record
     shard_examples: int = 4096  # examples in a file, whatever the number of hosts
     format_version: int = FORMAT_VERSION
+    fields: tuple[Field, ...] = ()  # beyond moments, label and caption
 
     def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise InputError(
-                f"latent cache dtype {self.dtype!r} is unknown; choose one of {DTYPES}"
-            )
-        if self.posterior not in POSTERIORS:
-            raise InputError(
-                f"latent cache posterior {self.posterior!r} is unknown; choose one of {POSTERIORS}"
-            )
+        choose("latent cache dtype", self.dtype, DTYPES)
+        choose("latent cache posterior", self.posterior, POSTERIORS)
         if min(self.num_examples, self.pack, self.shard_examples) < 1:
             raise InputError(
                 f"latent cache of {self.num_examples} examples, {self.shard_examples} a shard, "
                 f"{self.pack} a record: each must be at least 1"
             )
-        if self.shard_examples % self.pack:
-            nearest = max(1, round(self.shard_examples / self.pack)) * self.pack
-            raise InputError(
-                f"latent cache shard_examples {self.shard_examples} must divide by pack "
-                f"{self.pack}, as records do not cross files; nearest: {nearest}"
-            )
+        what = "the examples in a record (pack), as records do not cross files"
+        divides("latent cache shard_examples", self.shard_examples, self.pack, what)
         # JSON gives lists; equality must not depend on the way round the file.
         object.__setattr__(self, "latent_shape", tuple(self.latent_shape))
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        further = (f if isinstance(f, Field) else Field(**f) for f in self.fields)
+        object.__setattr__(self, "fields", tuple(further))
+        names = [name for field in (fields.INDEX, *self.table) for name in field.array_names]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise InputError(f"latent cache: the field {repeated[0]!r} is there twice; rename one")
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
         """What one example's moments are: (H, W, 2C) of a Gaussian, (H, W, C) of a point."""
         height, width, channels = self.latent_shape
         return (height, width, 2 * channels if self.posterior == "gaussian" else channels)
+
+    @property
+    def table(self) -> tuple[Field, ...]:
+        """Everything that a record holds of an example, except its index."""
+        captions = (fields.CAPTION,) if self.has_captions else ()
+        moments = fields.moments(self.moments_shape, self.dtype)
+        table = (moments, fields.LABEL, *captions, *self.fields)
+        return table if self.mirrored else tuple(fields.without_copy(f) for f in table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +124,11 @@ def plan_shards(num_examples: int, shard_examples: int) -> tuple[Shard, ...]:
     )
 
 
-def to_json(value: Any) -> str:
-    return json.dumps(dataclasses.asdict(value), indent=1, sort_keys=True) + "\n"
+def to_json(spec: Spec) -> str:
+    raw = dataclasses.asdict(spec)
+    if not spec.fields:
+        del raw["fields"]  # older caches have no such entry, and runs compare the text's hash
+    return json.dumps(raw, indent=1, sort_keys=True) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -134,8 +144,8 @@ def write_text(path: Path, text: str) -> None:
 def load_spec(path: Path) -> Spec:
     """The Spec of a spec.json or of a manifest.json; InputError when it is not one."""
     raw = _load(path)
-    fields = [f.name for f in dataclasses.fields(Spec)]
-    return _build(Spec, {k: v for k, v in raw.items() if k in fields}, path)
+    names = [f.name for f in dataclasses.fields(Spec)]
+    return _build(Spec, {k: v for k, v in raw.items() if k in names}, path)
 
 
 def load_manifest(directory: Path) -> Manifest:

@@ -1,0 +1,1 @@
+"""A latent cache on disk: what it is, its writing, its reading."""
