@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from ldm_jax.diffusion import noise_levels, objective
-from ldm_jax.diffusion.process import Process, at_network, unit_time
+from ldm_jax.diffusion.process import Process, at_network
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
 from ldm_jax.models import denoiser, latents
@@ -81,6 +81,7 @@ def denoiser_losses(
 
     It is by the uncertainty where `params` have one, which an average has not: evaluation is plain.
     """
+    objective.check(process, aim)
     draw_times = lambda keys: noise_levels.draw_times(process, aim.noise_levels, keys)  # noqa: E731
 
     def compute(params, batch, step):
@@ -96,11 +97,19 @@ def denoiser_losses(
             noise = objective.offset(aim, keys, noise)
         u = None
         if aim.uncertainty and "uncertainty" in params:
-            u = lambda t: uncertainty_of(params["uncertainty"], unit_time(process, t))  # noqa: E731
-        per_example = objective.denoising_loss(
-            at_network(process, network), process, z0, cond, draws["t"], noise, loss.kind, aim, u
+            u = lambda t: uncertainty_of(params["uncertainty"], process.unit_time(t))  # noqa: E731
+        denoised = objective.denoising_loss(
+            at_network(process, network),
+            process,
+            aim,
+            z0=z0,
+            noise=noise,
+            t=draws["t"],
+            cond=cond,
+            penalty=loss.kind,
+            uncertainty=u,
         )
-        return per_example, unit_time(process, draws["t"])
+        return denoised.loss, process.unit_time(draws["t"])
 
     return compute
 

@@ -4,12 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.grid import DISCRETE, make_grid, uniform_grid
-from ldm_jax.diffusion.process import ProcessConfig, coefficients, make_process
+from ldm_jax.diffusion.grid import SPACINGS, make_grid, uniform_grid
+from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.errors import InputError
 
 PROCESS = make_process(ProcessConfig())
 FLOW, EDM = make_process(ProcessConfig("flow")), make_process(ProcessConfig("edm"))
+ENDS_ON_NOISE = make_process(ProcessConfig(zero_terminal_snr=True))
 
 
 def test_grid_has_exactly_the_steps_asked_for():
@@ -46,9 +47,7 @@ def test_grid_refuses_a_step_count_outside_the_schedule(process, num_steps):
 
 @pytest.mark.parametrize(
     ("process", "spacing"),
-    [(PROCESS, name) for name in DISCRETE]
-    + [(FLOW, name) for name in ("uniform", "shifted", "last_step")]
-    + [(EDM, name) for name in ("uniform", "karras", "exponential")],
+    [(process, name) for process in (PROCESS, FLOW, EDM) for name in SPACINGS[type(process)]],
 )
 def test_grid_goes_down_from_noise_to_data(process, spacing):
     for count in (1, 2, 10, 100):
@@ -59,7 +58,7 @@ def test_grid_goes_down_from_noise_to_data(process, spacing):
         assert (grid.sigma[-1] == 0) == lands
         # What the denoiser will compute at these times is what the coefficients say.
         if count > 1:
-            traced = coefficients(process, jnp.asarray(grid.times[:-1]))
+            traced = process.coefficients(jnp.asarray(grid.times[:-1]))
             np.testing.assert_allclose(
                 traced, (grid.alpha[:-1], grid.sigma[:-1]), atol=2e-4, rtol=2e-5
             )
@@ -70,8 +69,11 @@ def test_grid_goes_down_from_noise_to_data(process, spacing):
     [
         (PROCESS, "uniform", "'uniform' is not one of a 'ldm_linear'"),
         (FLOW, "trailing", "'trailing' is not one of a 'flow'"),
-        (FLOW, "karras", "'karras' needs a finite"),
-        (EDM, "shifted", "'shifted' is for t in"),
+        (FLOW, "karras", "'karras' is not one of a 'flow'"),
+        (EDM, "shifted", "'shifted' is not one of a 'edm'"),
+        (EDM, "last_step", "'last_step' is not one of a 'edm'"),
+        (ENDS_ON_NOISE, "karras", "'karras' needs a finite.*use 'trailing'"),
+        (ENDS_ON_NOISE, "exponential", "'exponential' needs a finite"),
         (PROCESS, "karras:x", "'karras:x' must be a name"),
         (PROCESS, "leading:2", "'leading:2' must be a name"),
         (FLOW, "last_step:1", "must be shorter than 1"),

@@ -9,13 +9,7 @@ import pytest
 
 from ldm_jax.diffusion.grid import make_grid, uniform_grid
 from ldm_jax.diffusion.parameterisation import predictor
-from ldm_jax.diffusion.process import (
-    ProcessConfig,
-    coefficients,
-    corrupt,
-    make_process,
-    rows,
-)
+from ldm_jax.diffusion.process import ProcessConfig, corrupt, make_process, rows
 from ldm_jax.diffusion.samplers import SAMPLERS, ddim, ddpm
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
@@ -147,7 +141,7 @@ def test_state_is_f32_when_the_denoiser_answers_in_bf16(sampler):
 
 def oracle_of(process, z0):
     def predict(z_t, t, cond):
-        alpha, sigma = (rows(c, z_t) for c in coefficients(process, t))
+        alpha, sigma = (rows(c, z_t) for c in process.coefficients(t))
         return z0, (z_t - alpha * z0) / sigma
 
     return predict

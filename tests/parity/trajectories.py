@@ -31,12 +31,12 @@ def our_trajectory(name, grid, prediction="eps", calls=1, learned=None, **option
     `learned` makes of z_t the variance that the denoiser says beside its prediction.
     """
     states, process = [], grid.process
+    denoiser = at_network(process, lambda z, t, cond: network(jnp, z, t.astype(jnp.float32)[0]))
 
     def watched(z_t, t, cond):
         jax.debug.callback(lambda z: states.append(np.asarray(z)), z_t, ordered=True)
-        told = lambda z_t, t, cond: network(jnp, z_t, t.astype(jnp.float32)[0])  # noqa: E731
-        said = at_network(process, told)(z_t, t, cond)
-        return jnp.concatenate([said, learned(z_t)], axis=-1) if learned else said
+        prediction = denoiser(z_t, t, cond)
+        return jnp.concatenate([prediction, learned(z_t)], axis=-1) if learned else prediction
 
     predict = predictor(process, prediction, watched)
     sampler = SAMPLERS[name]
