@@ -41,6 +41,42 @@ def test_bound_is_zero_for_the_truth_and_positive_elsewhere():
         assert np.all(hybrid_vlb(PROCESS, Z0, z_t, eps, jnp.full(SHAPE, v), T) > truth + 1e-6)
 
 
+def posterior_by_hand(z0, z_t):
+    """(mean, variance) of q(z_(t-1) | z_t, z0) in f64, from DDPM eq. 7."""
+    t = np.asarray(T)
+    now, before = (PROCESS.alpha_bar[s].reshape(3, 1, 1, 1) for s in (t, t - 1))
+    beta = 1 - now / before
+    mean = np.sqrt(before) * beta * z0 + np.sqrt(1 - beta) * (1 - before) * z_t
+    return mean / (1 - now), beta * (1 - before) / (1 - now)
+
+
+def test_posterior_is_ddpms():
+    z_t = np.float64(corrupt(PROCESS, Z0, NOISE, T))
+    mean, _ = posterior_by_hand(np.float64(Z0), z_t)
+    np.testing.assert_allclose(posterior(PROCESS, Z0, jnp.asarray(z_t), T), mean, atol=2e-6)
+
+
+def test_bound_is_the_divergence_of_two_normals():
+    z_t, wrong, v = np.float64(corrupt(PROCESS, Z0, NOISE, T)), NOISE + 0.5, jnp.full(SHAPE, 0.4)
+    alpha_bar = PROCESS.alpha_bar[np.asarray(T)].reshape(3, 1, 1, 1)
+    x0 = (z_t - np.sqrt(1 - alpha_bar) * np.float64(wrong)) / np.sqrt(alpha_bar)
+    (mean, low), (guess, _) = posterior_by_hand(np.float64(Z0), z_t), posterior_by_hand(x0, z_t)
+    beta = 1 - alpha_bar / PROCESS.alpha_bar[np.asarray(T) - 1].reshape(3, 1, 1, 1)
+    variance = beta**0.7 * low**0.3  # IDDPM eq. 15 at v = 0.4
+    # KL(N(mean, low) || N(guess, variance))
+    kl = (np.log(variance / low) + (low + (mean - guess) ** 2) / variance - 1) / 2
+    got = hybrid_vlb(PROCESS, Z0, jnp.asarray(z_t), wrong, v, T)
+    np.testing.assert_allclose(got, kl.mean(axis=(1, 2, 3)), rtol=1e-3)
+
+
+def test_variance_at_the_data_end_is_cut_to_that_of_the_next_timestep():
+    """IDDPM, section 3.1: the posterior's own is 0 there."""
+    alpha_bar = PROCESS.alpha_bar
+    expected = (1 - alpha_bar[1] / alpha_bar[0]) * (1 - alpha_bar[0]) / (1 - alpha_bar[1])
+    got = log_variance(PROCESS, -jnp.ones(SHAPE), jnp.zeros(3, jnp.int32))
+    np.testing.assert_allclose(np.exp(got), expected, rtol=1e-4)
+
+
 def test_bound_at_the_data_end_is_the_density_of_a_normal():
     t = jnp.zeros(3, jnp.int32)
     z_t, v = corrupt(PROCESS, Z0, NOISE, t), jnp.full(SHAPE, 0.3)
@@ -49,6 +85,10 @@ def test_bound_at_the_data_end_is_the_density_of_a_normal():
     np.testing.assert_allclose(posterior(PROCESS, Z0, z_t, t), mean, atol=1e-6)
     expected = (np.log(2 * np.pi) + log_var).mean(axis=(1, 2, 3)) / 2
     np.testing.assert_allclose(value, expected, rtol=1e-2)
+    # A mean that is off by e costs e^2 / 2 sigma^2 more.
+    off = hybrid_vlb(PROCESS, Z0 + 0.1, z_t, NOISE, v, t)
+    extra = (0.01 * np.exp(-log_var)).mean(axis=(1, 2, 3)) / 2
+    np.testing.assert_allclose(off - value, extra, rtol=2e-2)
 
 
 def test_gradient_reaches_the_variance_alone():
