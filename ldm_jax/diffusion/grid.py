@@ -1,6 +1,6 @@
 """Where a sampler steps: native times from the noise end to the data, and their coefficients.
 
-All on the host in f64. `make_grid` is given a spacing as NAME or NAME:NUMBER, as "karras:7".
+All on the host in f64. `make_grid` takes a spacing as NAME or NAME:NUMBER, as "karras:7".
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Grid:
         return np.ones_like(self.alpha) if unscaled else self.alpha
 
     def start(self, noise: jax.Array, z0: jax.Array | None = None) -> jax.Array:
-        """The state at times[0] from standard normal noise [B, ...], of data z0 when it is given.
+        """The state at times[0] from standard normal noise [B, ...], of data z0 where there is one.
 
         Without z0 it is the law that sampling starts from: N(0, 1), and for edm N(0, sigma^2).
         """

@@ -27,7 +27,7 @@ Convert = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Contrast(NamedTuple):
-    """`both` gives (weak, strong) for what a denoiser is given, `strong` the second one alone."""
+    """`both` gives (weak, strong) for a denoiser's input, `strong` the second one alone."""
 
     both: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
     strong: Denoiser
@@ -177,7 +177,7 @@ def in_x0(rule: Rule, to_x0: Convert, from_x0: Convert) -> Rule:
 
 
 def _beside(rule: Rule, weak: jax.Array, strong: jax.Array, z_t: jax.Array, t: jax.Array):
-    """The rule on z_t's channels; what is said beside them, a learned variance, stays strong's."""
+    """The rule on z_t's channels; a learned variance beside them stays strong's."""
     count = z_t.shape[-1]
     guided = rule(weak[..., :count], strong[..., :count], z_t, t)
     beside = strong[..., count:]

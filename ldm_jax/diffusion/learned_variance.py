@@ -1,6 +1,6 @@
 """Learned reverse variances of a discrete process: the hybrid objective of IDDPM, ADM and DiT.
 
-The network has 2C channels: eps, and v in about -1..1 that says where the logarithm of the variance
+The network has 2C channels: eps, and v in about -1..1, which is where the logarithm of the variance
 lies between the posterior's and beta's. t are timesteps [B], 0 = data.
 """
 

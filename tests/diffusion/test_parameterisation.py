@@ -51,9 +51,9 @@ def test_target_and_state_give_data_and_noise_back(process, name, ends):
     with jax.enable_x64(True):
         x0, eps, t = draw(process, ends)
         z_t = corrupt(process, x0, eps, t)
-        said = target(process, name, x0, eps, t)
-        assert np.isfinite(said).all()
-        got_x0, got_eps = x0_and_eps(process, name, z_t, said, t)
+        prediction = target(process, name, x0, eps, t)
+        assert np.isfinite(prediction).all()
+        got_x0, got_eps = x0_and_eps(process, name, z_t, prediction, t)
         np.testing.assert_allclose(got_x0, x0, rtol=0, atol=1e-10)
         if name == "x0" and ends and not process.discrete:
             got_eps, eps = got_eps[1::2], eps[1::2]  # data without noise tells nothing about eps
@@ -79,8 +79,8 @@ def test_preconditioning_is_edm():
         z_t = corrupt(process, x0, eps, jnp.asarray(s))
         skip, out = 0.25 / (s**2 + 0.25), s * 0.5 / np.sqrt(s**2 + 0.25)
         skip, out = skip.reshape(4, 1, 1, 1), out.reshape(4, 1, 1, 1)
-        said = target(process, "preconditioned", x0, eps, jnp.asarray(s))
-        np.testing.assert_allclose(skip * z_t + out * said, x0, rtol=0, atol=1e-12)
+        prediction = target(process, "preconditioned", x0, eps, jnp.asarray(s))
+        np.testing.assert_allclose(skip * z_t + out * prediction, x0, rtol=0, atol=1e-12)
 
 
 def test_velocity_of_the_straight_path_is_noise_minus_data():

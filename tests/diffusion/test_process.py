@@ -184,3 +184,11 @@ def test_native_time_is_the_inverse_of_the_unit_time(kind):
     native = np.array([process.native_time(each) for each in u])
     np.testing.assert_allclose(process.unit_time(jnp.asarray(native)), u, atol=1e-6)
     assert np.all(np.diff(native) > 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("ldm_linear", 0, 999), ("flow", 0, 1), ("edm", 0.002, 80)]
+)
+def test_training_sees_both_ends_and_nothing_beyond(kind, low, high):
+    times = make_process(ProcessConfig(kind)).training_time(jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(times, [low, high], rtol=1e-5)

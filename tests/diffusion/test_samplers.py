@@ -161,6 +161,26 @@ def test_dpmpp_2m_equals_an_f64_reference_step_by_step(num_steps):
     np.testing.assert_allclose(z0, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_unipc_has_order_one_where_its_differences_would_begin_at_pure_noise():
+    """UniPC with B(h) = e^h - 1: data prediction's DDIM step, corrected by half of both ends."""
+    grid = make_grid(FLOW, 3)
+    predict = predictor(FLOW, "x0", nonlinear)
+    got = SAMPLERS["unipc"](predict, grid, Z_T, None, keys_of([0, 1, 2]), order=2)
+    z, past = np.asarray(Z_T, np.float64), None
+    start = z
+    for i in range(3):
+        x0 = nonlinear_eps(z, grid.times[i])
+        if i:
+            stretch = grid.sigma[i] / grid.sigma[i - 1]
+            kept = stretch * grid.alpha[i - 1] / grid.alpha[i]  # e^-h
+            z = stretch * start + grid.alpha[i] * (1 - kept) * (x0 + past) / 2
+        start, past = z, x0
+        stretch = grid.sigma[i + 1] / grid.sigma[i]
+        kept = stretch * grid.alpha[i] / grid.alpha[i + 1]
+        z = stretch * start + grid.alpha[i + 1] * (1 - kept) * x0
+    np.testing.assert_allclose(got, z, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("churn", [2.0, 40.0])
 def test_edm_is_the_published_algorithm_step_by_step(churn):
     keys, grid = keys_of([0, 1, 2]), make_grid(EDM, 8)

@@ -49,9 +49,9 @@ def test_overlap_passes_smoothly_from_tile_to_tile():
         return jnp.ones_like(z_t) * z_t[:, :1, :1]
 
     z_t = jnp.tile(jnp.linspace(0, 1, 24).reshape(1, 24, 1, 1), (1, 1, 24, 1))
-    said = tiled(position, 8, 4)(z_t, T[:1], None)[0, :, 12, 0]
-    steps = np.diff(said)
-    assert np.all(steps >= -1e-6) and steps.max() < 0.6 * (said[-1] - said[0])
+    blended = tiled(position, 8, 4)(z_t, T[:1], None)[0, :, 12, 0]
+    steps = np.diff(blended)
+    assert np.all(steps >= -1e-6) and steps.max() < 0.6 * (blended[-1] - blended[0])
 
 
 @pytest.mark.parametrize(("tile", "overlap", "words"), [(4, 4, "overlap 4"), (8, 2, "tile 8 is")])
