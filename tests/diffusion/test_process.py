@@ -48,6 +48,14 @@ def test_schedule_has_the_published_values(kind, start, end, first, middle, last
     assert np.log(alpha_bar[999] / (1 - alpha_bar[999])) == pytest.approx(log_snr, abs=0.03)
 
 
+def test_cosine_schedule_is_the_published_one():
+    u = np.arange(1, 1000) / 1000
+    f = np.cos((np.append(0, u) + 0.008) / 1.008 * np.pi / 2) ** 2  # IDDPM eq. 17
+    alpha_bar = make_process(ProcessConfig("cosine")).alpha_bar
+    np.testing.assert_allclose(alpha_bar[:-1], f[1:] / f[0], rtol=1e-9)
+    assert alpha_bar[-1] / alpha_bar[-2] == pytest.approx(1 - 0.999, rel=1e-9)
+
+
 def test_schedule_is_the_product_of_kept_variances():
     schedule = make_process(ProcessConfig("ldm_linear", 3, 0.01, 0.09))
     np.testing.assert_allclose(schedule.alpha_bar, [0.99, 0.99 * 0.96, 0.99 * 0.96 * 0.91])
