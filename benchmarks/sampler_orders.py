@@ -8,7 +8,6 @@ On equal steps PLMS' claim is a lower bound: its first steps, of lower order, ar
 sigma, where the path is nearly straight, and with more steps the measure goes on to its weights' 4.
 """
 
-import numpy as np
 import pytest
 
 from benchmarks.record import keep
@@ -19,12 +18,12 @@ COUNTS = {"strong": [48, 96, 192], "weak": [32, 64, 128, 256]}
 
 def main():
     results = {}
-    geometric = lambda count: np.geomspace(10.0, 0.1, count + 1)  # noqa: E731
     for label, claim in measured.DETERMINISTIC.items():
-        order, errors = measured.order_of(measured.sampler_of(label), geometric, COUNTS["strong"])
+        order, errors = measured.order_of(
+            measured.sampler_of(label), measured.geometric, COUNTS["strong"]
+        )
         results[label] = row("strong", claim, order, errors)
-    linear = lambda count: np.linspace(10.0, 1.0, count + 1)  # noqa: E731
-    order, errors = measured.order_of(measured.SAMPLERS["plms"], linear, COUNTS["strong"])
+    order, errors = measured.order_of(measured.SAMPLERS["plms"], measured.equal, COUNTS["strong"])
     results["plms, equal steps"] = row("strong", 3, order, errors)
     for label, (claim, *_) in measured.WEAK.items():
         with pytest.MonkeyPatch.context() as monkeypatch:

@@ -27,7 +27,7 @@ Convert = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Contrast(NamedTuple):
-    """`both` gives (weak, strong) for what a denoiser is given, `strong` the second one alone."""
+    """`both` gives (weak, strong) for a denoiser's input, `strong` the second one alone."""
 
     both: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, jax.Array]]
     strong: Denoiser
@@ -78,18 +78,12 @@ def interval(contrast: Contrast, rule: Rule, low: Scale, high: Scale) -> Denoise
             weak, strong = _f32(*contrast.both(z_t, t, cond))
             return jnp.where(_rows(inside, strong), _beside(rule, weak, strong, z_t, t), strong)
 
-        alone = lambda: _f32(contrast.strong(z_t, t, cond))[0]  # noqa: E731
+        def alone() -> jax.Array:
+            return _f32(contrast.strong(z_t, t, cond))[0]
+
         return jax.lax.cond(jnp.any(inside), either, alone)
 
     return guided
-
-
-def classifier_free(denoiser: Denoiser, scale: Scale, null_cond: Any) -> Denoiser:
-    """Scale 0 is the unconditional model, 1 the conditional one, bit for bit, above extrapolates.
-
-    Classifier-free guidance, eq. 6, where the scale is 1 + w; see `null_and_cond`.
-    """
-    return guide(null_and_cond(denoiser, null_cond), extrapolate(scale))
 
 
 def autoguidance(good: Denoiser, bad: Denoiser, scale: Scale) -> Denoiser:
@@ -98,7 +92,11 @@ def autoguidance(good: Denoiser, bad: Denoiser, scale: Scale) -> Denoiser:
 
 
 def extrapolate(scale: Scale) -> Rule:
-    """weak + scale (strong - weak)."""
+    """weak + scale (strong - weak): 1 is strong, bit for bit.
+
+    Of `null_and_cond` it is classifier-free guidance (Ho and Salimans 2022, eq. 6), whose w is
+    scale - 1: 0 is the unconditional model, 1 the conditional one, more extrapolates.
+    """
 
     def rule(weak: jax.Array, strong: jax.Array, z_t: jax.Array, t: jax.Array) -> jax.Array:
         by = _rows(scale, strong)
@@ -179,7 +177,7 @@ def in_x0(rule: Rule, to_x0: Convert, from_x0: Convert) -> Rule:
 
 
 def _beside(rule: Rule, weak: jax.Array, strong: jax.Array, z_t: jax.Array, t: jax.Array):
-    """The rule on z_t's channels; what is said beside them, a learned variance, stays strong's."""
+    """The rule on z_t's channels; a learned variance beside them stays strong's."""
     count = z_t.shape[-1]
     guided = rule(weak[..., :count], strong[..., :count], z_t, t)
     beside = strong[..., count:]

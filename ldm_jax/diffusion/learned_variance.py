@@ -1,14 +1,16 @@
 """Learned reverse variances of a discrete process: the hybrid objective of IDDPM, ADM and DiT.
 
-The network has 2C channels: eps, and v in about -1..1 that says where the logarithm of the variance
+The network has 2C channels: eps, and v in about -1..1, which is where the logarithm of the variance
 lies between the posterior's and beta's. t are timesteps [B], 0 = data.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.process import Process, rows
+from ldm_jax.diffusion.process import TableProcess, rows
 
 
 def split(prediction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -17,22 +19,20 @@ def split(prediction: jax.Array) -> tuple[jax.Array, jax.Array]:
     return eps, v
 
 
-def posterior(process: Process, z0: jax.Array, z_t: jax.Array, t: jax.Array) -> jax.Array:
+def posterior(process: TableProcess, z0: jax.Array, z_t: jax.Array, t: jax.Array) -> jax.Array:
     """Mean [B, ...] of q(z_(t-1) | z_t, z0) (DDPM eq. 7)."""
-    table = _tables(process)
-    at = lambda name: rows(jnp.asarray(table[name])[t], z_t)  # noqa: E731
+    at = _rows_at(process, t, z_t)
     return at("of_z0") * z0 + at("of_z_t") * z_t
 
 
-def log_variance(process: Process, v: jax.Array, t: jax.Array) -> jax.Array:
+def log_variance(process: TableProcess, v: jax.Array, t: jax.Array) -> jax.Array:
     """ln of the reverse step's variance [B, ...]: v = -1 the posterior's, 1 beta (IDDPM eq. 15)."""
-    table, share = _tables(process), (v + 1) / 2
-    at = lambda name: rows(jnp.asarray(table[name])[t], v)  # noqa: E731
+    at, share = _rows_at(process, t, v), (v + 1) / 2
     return share * at("log_beta") + (1 - share) * at("log_posterior")
 
 
 def hybrid_vlb(
-    process: Process,
+    process: TableProcess,
     z0: jax.Array,
     z_t: jax.Array,
     eps: jax.Array,
@@ -44,8 +44,7 @@ def hybrid_vlb(
     KL(posterior || reverse step) for t > 0 and at t = 0 the density of z0, both averaged (IDDPM
     section 3.1). The hybrid loss adds `hybrid_weight` times this to the mean square.
     """
-    table = _tables(process)
-    at = lambda name: rows(jnp.asarray(table[name])[t], z_t)  # noqa: E731
+    at = _rows_at(process, t, z_t)
     eps = jax.lax.stop_gradient(eps)
     guess = (z_t - at("sigma") * eps) / at("alpha")
     mean, log_var = posterior(process, guess, z_t, t), log_variance(process, v, t)
@@ -58,7 +57,7 @@ def hybrid_vlb(
     return jnp.mean(term, axis=tuple(range(1, term.ndim)))
 
 
-def hybrid_weight(process: Process) -> float:
+def hybrid_weight(process: TableProcess) -> float:
     """0.001 T, for the sum over all timesteps (IDDPM eq. 16), and in bits, as ADM and DiT have it.
 
     DiT's own lacks the T, which is 1 at its 1000 timesteps.
@@ -66,9 +65,19 @@ def hybrid_weight(process: Process) -> float:
     return 0.001 * process.num_timesteps / np.log(2)
 
 
-def _tables(process: Process) -> dict[str, np.ndarray]:
+def _rows_at(process: TableProcess, t: jax.Array, like: jax.Array) -> Callable[[str], jax.Array]:
+    """A name of `_tables` to its values at times t [B], shaped to scale `like` [B, ...]."""
+    tables = _tables(process)
+
+    def at(name: str) -> jax.Array:
+        return rows(jnp.asarray(tables[name])[t], like)
+
+    return at
+
+
+def _tables(process: TableProcess) -> dict[str, np.ndarray]:
     """Of every timestep [T] f64; the variance of t = 0, which is 0, is replaced by that of 1."""
-    assert process.discrete and process.num_timesteps > 1
+    assert process.num_timesteps > 1, "the one timestep of a chain has no posterior variance"
     alpha_bar = process.alpha_bar
     before = np.append(1.0, alpha_bar[:-1])
     beta = 1 - alpha_bar / before

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.diffusion.process import Process
-from ldm_jax.errors import InputError
+from ldm_jax.diffusion.process import Process, SigmaProcess
+from ldm_jax.errors import InputError, choose, within
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,12 @@ class NoiseLevels:
     shift: float = 1.0  # t' = a t / (1 + (a - 1) t): above 1 favours noise; 1 = none
 
     def __post_init__(self):
-        if self.draw not in DRAWS:
-            raise InputError(f"draw {self.draw!r} is unknown; choose one of {list(DRAWS)}")
-        if not 0 < self.std < np.inf:
-            raise InputError(f"std {self.std} must be positive; SD3 uses 1, EDM 1.2")
+        choose("draw", self.draw, DRAWS)
+        within("std", self.std, "(0, inf)", "SD3 uses 1, EDM 1.2")
         # Beyond these bounds mode's map from u to t is not monotonic.
         if not -1 <= self.mode_scale <= 2 / (np.pi - 2):
             raise InputError(f"mode_scale {self.mode_scale} must be in -1..1.75; SD3 uses 1.29")
-        if not 0 < self.shift < np.inf:
-            raise InputError(f"shift {self.shift} must be positive; 1 = none")
+        within("shift", self.shift, "(0, inf)", "1 = none")
 
 
 def uniform(config: NoiseLevels, key: jax.Array) -> jax.Array:
@@ -62,10 +59,10 @@ DRAWS: dict[str, Callable[[NoiseLevels, jax.Array], jax.Array]] = {
 
 def check(process: Process, config: NoiseLevels) -> None:
     """Raises InputError for a draw that does not fit the process."""
-    kind = process.config.kind
-    if config.draw == "log_normal" and kind != "edm":
+    if config.draw == "log_normal" and not isinstance(process, SigmaProcess):
         raise InputError(
-            f"draw 'log_normal' is of sigma, for 'edm', not {kind!r}; try logit_normal"
+            f"draw 'log_normal' is of sigma, for 'edm', not {process.config.kind!r}; "
+            "try logit_normal"
         )
     if config.draw == "log_normal" and config.shift != 1:
         raise InputError(f"shift {config.shift}: 'log_normal' has none; set shift=1 or its mean")
@@ -77,21 +74,13 @@ def shifted(t: jax.Array | np.ndarray, shift: float) -> jax.Array | np.ndarray:
 
 
 def draw_times(process: Process, config: NoiseLevels, keys: jax.Array) -> jax.Array:
-    """Native times [B]: int32 timesteps or f32. Uniform on edm is uniform in ln(sigma)."""
-    check(process, config)
-    last = process.num_timesteps
+    """Native times [B], int32 timesteps or f32, of a draw that `check` lets pass."""
     if process.discrete and config.draw == "uniform" and config.shift == 1:
-        return uniform_timesteps(keys, last)
+        return uniform_timesteps(keys, process.num_timesteps)
     u = jax.vmap(lambda key: DRAWS[config.draw](config, key))(keys)
     if config.draw == "log_normal":
         return u
-    u = jnp.asarray(shifted(u, config.shift))
-    if process.discrete:
-        return jnp.clip(jnp.floor(u * last).astype(jnp.int32), 0, last - 1)
-    if process.config.kind == "edm":
-        low, high = np.log(process.config.sigma_min), np.log(process.config.sigma_max)
-        return jnp.exp(low + u * (high - low))
-    return jnp.clip(u, 0, 1)
+    return process.training_time(jnp.asarray(shifted(u, config.shift)))
 
 
 def uniform_timesteps(keys: jax.Array, num_timesteps: int) -> jax.Array:

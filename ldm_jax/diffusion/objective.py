@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ldm_jax.diffusion import learned_variance, noise_levels, parameterisation
 from ldm_jax.diffusion.noise_levels import NoiseLevels
-from ldm_jax.diffusion.process import Denoiser, Process, coefficients, corrupt
-from ldm_jax.errors import InputError
+from ldm_jax.diffusion.process import Denoiser, Process, TableProcess, corrupt
+from ldm_jax.errors import InputError, choose, within
 
 LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square}
 """Elementwise penalty of the error, prediction - target."""
@@ -29,25 +28,20 @@ class Objective:
     noise_levels: NoiseLevels = NoiseLevels()
 
     def __post_init__(self):
-        names = parameterisation.PARAMETERISATIONS
-        if self.parameterisation not in names:
-            raise InputError(
-                f"parameterisation {self.parameterisation!r} is unknown; choose one of "
-                f"{list(names)}"
-            )
-        if self.weight not in WEIGHTS:
-            raise InputError(f"weight {self.weight!r} is unknown; choose one of {list(WEIGHTS)}")
-        if not 0 < self.min_snr_gamma < np.inf:
-            raise InputError(f"min_snr_gamma {self.min_snr_gamma} must be positive; 5 is published")
+        choose("parameterisation", self.parameterisation, parameterisation.PARAMETERISATIONS)
+        choose("weight", self.weight, WEIGHTS)
+        within("min_snr_gamma", self.min_snr_gamma, "(0, inf)", "5 is published")
         if self.uncertainty < 0:
             raise InputError(f"uncertainty {self.uncertainty} must not be negative; 0 = none")
-        for name in ("offset_noise", "cosine_weight"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise InputError(f"{name} {getattr(self, name)} must not be negative; 0 = none")
+        within("offset_noise", self.offset_noise, "[0, inf)", "0 = none")
+        within("cosine_weight", self.cosine_weight, "[0, inf)", "0 = none")
 
 
 def check(process: Process, objective: Objective) -> None:
-    """Raises InputError where the objective does not fit the process."""
+    """Raises InputError where the objective does not fit the process.
+
+    For whoever puts the two together: the functions below take it as done.
+    """
     parameterisation.check(process, objective.parameterisation)
     noise_levels.check(process, objective.noise_levels)
     name, kind = objective.parameterisation, process.config.kind
@@ -77,7 +71,10 @@ def _edm(objective: Objective, std: float, alpha: jax.Array, sigma: jax.Array) -
     return alpha**2 + (sigma / std) ** 2
 
 
-WEIGHTS: dict[str, Callable[..., jax.Array] | None] = {
+OfX0 = Callable[[Objective, float, jax.Array, jax.Array], jax.Array]
+"""(objective, sigma_data, alpha [B], sigma [B]) -> [B]."""
+
+WEIGHTS: dict[str, OfX0 | None] = {
     "simple": None,  # 1 on the error of the prediction itself
     "min_snr": _min_snr,
     "snr_plus_one": _snr_plus_one,
@@ -93,7 +90,7 @@ def weight(process: Process, objective: Objective, t: jax.Array) -> jax.Array:
     is min(SNR, gamma) / SNR for eps and min(SNR, gamma) / (SNR + 1) for v, as published.
     """
     of_x0 = WEIGHTS[objective.weight]
-    alpha, sigma = coefficients(process, t)
+    alpha, sigma = process.coefficients(t)
     if of_x0 is None:
         return jnp.ones_like(sigma)
     square = parameterisation.determinant(process, objective.parameterisation, t) ** 2
@@ -116,47 +113,59 @@ def direction_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.mean(1 - cos, axis=tuple(range(1, cos.ndim)))
 
 
+class Denoised(NamedTuple):
+    """What `denoising_loss` makes of a batch."""
+
+    loss: jax.Array  # [B] f32
+    x0: jax.Array  # [B, H, W, C] f32, the prediction's estimate of the data
+
+
 def denoising_loss(
     denoiser: Denoiser,
     process: Process,
+    objective: Objective,
+    *,
     z0: jax.Array,
-    cond: Any,
-    t: jax.Array,
     noise: jax.Array,
-    loss: str = "l2",
-    objective: Objective = Objective(),
+    t: jax.Array,
+    cond: Any,
+    penalty: str = "l2",
     uncertainty: Callable[[jax.Array], jax.Array] | None = None,
-) -> jax.Array:
-    """The loss [B] f32 of predicting the target in z0 [B, H, W, C] at native times t [B], 0 = data.
+) -> Denoised:
+    """The loss of predicting the target in z0 [B, H, W, C] at native times t [B], 0 = data.
 
     Averaged over H, W and C (DDPM eq. 14, LDM eq. 2), times the weight. `cond` has leading axis B.
     `uncertainty` t [B] -> u [B] makes it loss / e^u + u (EDM2). With `learned_variance` the
-    prediction has 2C channels, and the bound's term is added. Raises InputError for a `loss` that
-    is not in LOSSES, or an objective that does not fit the process.
+    prediction has 2C channels, and the bound's term is added. The objective is one that `check`
+    lets pass; raises InputError for a penalty that is not in LOSSES.
     """
-    if loss not in LOSSES:
-        raise InputError(f"loss {loss!r} is unknown; choose one of {list(LOSSES)}")
-    check(process, objective)
+    choose("loss", penalty, LOSSES)
     z_t = corrupt(process, z0, noise, t)
-    said = denoiser(z_t, t, cond)
-    prediction, v = learned_variance.split(said) if objective.learned_variance else (said, None)
+    output = denoiser(z_t, t, cond)
+    prediction, v = learned_variance.split(output) if objective.learned_variance else (output, None)
     # A prediction of [B, H, W, 1] would broadcast to a plausible number.
     assert prediction.shape == noise.shape, (
-        f"prediction {said.shape} must have z0's shape {noise.shape}, its channels twice with "
+        f"prediction {output.shape} must have z0's shape {noise.shape}, its channels twice with "
         "learned_variance"
     )
-    f32 = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))  # noqa: E731
-    prediction = f32(prediction)
-    target = f32(parameterisation.target(process, objective.parameterisation, z0, noise, t))
-    penalty = LOSSES[loss](prediction - target)
-    value = jnp.mean(penalty, axis=tuple(range(1, penalty.ndim)))
+    prediction, name = _f32(prediction), objective.parameterisation
+    target = _f32(parameterisation.target(process, name, z0, noise, t))
+    errors = LOSSES[penalty](prediction - target)
+    loss = jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
     if objective.weight != "simple":
-        value = value * weight(process, objective, t)
+        loss = loss * weight(process, objective, t)
     if uncertainty is not None:
-        value = value * jnp.exp(-uncertainty(t)) + uncertainty(t)
+        loss = loss * jnp.exp(-uncertainty(t)) + uncertainty(t)
     if objective.cosine_weight:
-        value = value + objective.cosine_weight * direction_error(prediction, target)
+        loss = loss + objective.cosine_weight * direction_error(prediction, target)
     if v is not None:
-        bound = learned_variance.hybrid_vlb(process, f32(z0), f32(z_t), prediction, f32(v), t)
-        value = value + learned_variance.hybrid_weight(process) * bound
-    return value
+        assert isinstance(process, TableProcess), "learned variances are of timesteps"
+        bound = learned_variance.hybrid_vlb(process, _f32(z0), _f32(z_t), prediction, _f32(v), t)
+        loss = loss + learned_variance.hybrid_weight(process) * bound
+    x0, _ = parameterisation.x0_and_eps(process, name, _f32(z_t), prediction, t)
+    return Denoised(loss, x0)
+
+
+def _f32(x: jax.Array) -> jax.Array:
+    """x in f32, or f64 when it is."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.diffusion import learned_variance
-from ldm_jax.diffusion.process import Denoiser, Process, coefficients, rates, rows
-from ldm_jax.errors import InputError
+from ldm_jax.diffusion.process import Denoiser, Process, rows
+from ldm_jax.errors import InputError, choose
 
 Predict = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, ...]]
 """(z_t [B, ...], native time t [B], cond) -> (x0, eps), each like z_t: what samplers speak to.
@@ -20,33 +20,34 @@ Predict = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, ...]]
 A third, where there is one, is v of `learned_variance`, for `ddpm`; others pass over it.
 """
 
-Weights = tuple[jax.Array, jax.Array]
+Mixture = tuple[jax.Array, jax.Array]
+"""(a, b) [B] of a target a x0 + b eps."""
 
 
-def _eps(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Weights:
+def _eps(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Mixture:
     return jnp.zeros_like(alpha), jnp.ones_like(alpha)
 
 
-def _x0(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Weights:
+def _x0(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Mixture:
     return jnp.ones_like(alpha), jnp.zeros_like(alpha)
 
 
-def _v(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Weights:
+def _v(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Mixture:
     return -sigma, alpha  # Salimans and Ho 2022, appendix D
 
 
-def _velocity(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Weights:
-    return rates(process, t)  # dz/dt; eps - x0 on the straight path
+def _velocity(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Mixture:
+    return process.rates(t)  # dz/dt; eps - x0 on the straight path
 
 
-def _preconditioned(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Weights:
+def _preconditioned(process: Process, t: jax.Array, alpha: jax.Array, sigma: jax.Array) -> Mixture:
     # EDM eq. 7 and table 1 for alpha = 1: x0 = c_skip z_t + c_out F, solved for F.
     std = process.config.sigma_data
     total = (alpha**2 * std**2 + sigma**2) ** 0.5
     return sigma / (std * total), -alpha * std / total
 
 
-PARAMETERISATIONS: dict[str, Callable[..., Weights]] = {
+PARAMETERISATIONS: dict[str, Callable[[Process, jax.Array, jax.Array, jax.Array], Mixture]] = {
     "eps": _eps,
     "x0": _x0,
     "v": _v,
@@ -57,10 +58,7 @@ PARAMETERISATIONS: dict[str, Callable[..., Weights]] = {
 
 def check(process: Process, name: str) -> None:
     """Raises InputError for an unknown name, or one that this process cannot be predicted by."""
-    if name not in PARAMETERISATIONS:
-        raise InputError(
-            f"parameterisation {name!r} is unknown; choose one of {list(PARAMETERISATIONS)}"
-        )
+    choose("parameterisation", name, PARAMETERISATIONS)
     kind = process.config.kind
     if name == "eps" and process.ends_on_noise:
         raise InputError(
@@ -76,18 +74,18 @@ def check(process: Process, name: str) -> None:
 
 def determinant(process: Process, name: str, t: jax.Array) -> jax.Array:
     """det [B]: an error e of the prediction is an error -sigma e / det of x0."""
-    alpha, sigma = coefficients(process, t)
+    alpha, sigma = process.coefficients(t)
     a, b = PARAMETERISATIONS[name](process, t, alpha, sigma)
     return alpha * b - sigma * a
 
 
 def target(process: Process, name: str, x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-    """What a denoiser of this parameterisation should say [B, ...]; finite at every time."""
+    """What a denoiser of this parameterisation should predict [B, ...]; finite at every time."""
     if name == "eps":
         return eps
     if name == "x0":
         return x0
-    a, b = PARAMETERISATIONS[name](process, t, *coefficients(process, t))
+    a, b = PARAMETERISATIONS[name](process, t, *process.coefficients(t))
     return rows(a, x0) * x0 + rows(b, eps) * eps
 
 
@@ -98,7 +96,7 @@ def x0_and_eps(
 
     Finite at alpha = 0 for all but `eps`, and at sigma = 0 for all but the eps of `x0`.
     """
-    alpha, sigma = coefficients(process, t)
+    alpha, sigma = process.coefficients(t)
     a, b = PARAMETERISATIONS[name](process, t, alpha, sigma)
     alpha, sigma, a, b = (rows(values, z_t) for values in (alpha, sigma, a, b))
     if name == "eps":
@@ -110,18 +108,18 @@ def x0_and_eps(
 
 
 def predictor(process: Process, name: str, denoiser: Denoiser) -> Predict:
-    """What the denoiser says, as data and noise; raises InputError as `check` does.
+    """The denoiser's prediction as data and noise; raises InputError as `check` does.
 
-    One that says twice the channels has learned its variances: they are v, the third.
+    One of twice the channels has learned its variances: they are v, the third.
     """
     check(process, name)
 
     def predict(z_t: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, ...]:
-        said, v = denoiser(z_t, t, cond).astype(z_t.dtype), ()
-        if name == "eps" and process.discrete and said.shape[-1] == 2 * z_t.shape[-1]:
-            said, *v = learned_variance.split(said)
-        assert said.shape == z_t.shape, f"prediction {said.shape} must have z_t's shape {z_t.shape}"
-        return *x0_and_eps(process, name, z_t, said, t), *v
+        p, v = denoiser(z_t, t, cond).astype(z_t.dtype), ()
+        if name == "eps" and process.discrete and p.shape[-1] == 2 * z_t.shape[-1]:
+            p, *v = learned_variance.split(p)
+        assert p.shape == z_t.shape, f"prediction {p.shape} must have z_t's shape {z_t.shape}"
+        return *x0_and_eps(process, name, z_t, p, t), *v
 
     return predict
 

@@ -1,21 +1,22 @@
-"""Forward processes: z_t = alpha_t z_0 + sigma_t noise, discrete or continuous in time.
+"""Forward processes: z_t = alpha_t z_0 + sigma_t noise, in discrete or continuous time.
 
-The convention of this floor: a larger t is noisier, 0 is the data end. The discrete kinds have
-integer timesteps 0..T-1 and alpha_t^2 = alpha_bar_t, sigma_t^2 = 1 - alpha_bar_t (DDPM's alpha_t is
-1 - beta_t, and DDIM's alpha_t is our alpha_bar_t). `flow` and `flow_cosine` have t in [0, 1], and
-the time of `edm` is its sigma. Denoisers are called at this native time; `at_network` makes of it
-what a network is given.
+The convention of this floor: a larger t is noisier, 0 is the data end. A `TableProcess` has integer
+timesteps 0..T-1 and alpha_t^2 = alpha_bar_t, sigma_t^2 = 1 - alpha_bar_t (DDPM's alpha_t is
+1 - beta_t, and DDIM's alpha_t is our alpha_bar_t), a `PathProcess` has t in [0, 1], and the time of
+a `SigmaProcess` is its sigma. Denoisers are called at this native time; `at_network` makes of it
+what a network takes. All three have the same methods.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose, within
 
 Denoiser = Callable[[jax.Array, jax.Array, Any], jax.Array]
 """(z_t [B, H, W, C] f32, native time t [B], cond) -> prediction [B, H, W, C].
@@ -28,7 +29,7 @@ TIME_SCALE = 1000.0  # of t in [0, 1] for a network: its embedding has the range
 
 @dataclass(frozen=True)
 class ProcessConfig:
-    kind: str = "ldm_linear"  # a name in TABLES (discrete timesteps) or in PATHS (continuous time)
+    kind: str = "ldm_linear"  # a name in KINDS: of TABLES (discrete), of PATHS, or "edm"
     num_timesteps: int = 1000  # T, of a discrete kind
     beta_start: float = 0.0015  # variance added by the first step, in (0, 1); the linear kinds
     beta_end: float = 0.0195  # by the last, beta_start <= beta_end < 1
@@ -38,30 +39,209 @@ class ProcessConfig:
     sigma_max: float = 80.0  # and where it begins
 
 
+# Compared by identity, so that a jitted closure may hold one.
 @dataclass(frozen=True, eq=False)
-class Process:
-    """A process as host arrays; compared by identity, so a jitted closure may hold it."""
+class TableProcess:
+    """A table over integer timesteps; variance preserving."""
 
     config: ProcessConfig
-    alpha_bar: np.ndarray  # [T] f64, share of the variance that is data; [0] of a continuous kind
-    alpha: np.ndarray  # [T] f64, sqrt(alpha_bar)
-    sigma: np.ndarray  # [T] f64, sqrt(1 - alpha_bar)
+    alpha_bar: np.ndarray  # [T] f64, share of the variance that is data
+
+    discrete: ClassVar[bool] = True
+    variance_exploding: ClassVar[bool] = False
+    data_time: ClassVar[float] = -1  # what stands for data itself, which no timestep is
+
+    @cached_property
+    def alpha(self) -> np.ndarray:
+        """[T] f64."""
+        return np.sqrt(self.alpha_bar)
+
+    @cached_property
+    def sigma(self) -> np.ndarray:
+        """[T] f64."""
+        return np.sqrt(1 - self.alpha_bar)
 
     @property
     def num_timesteps(self) -> int:
-        """T of a discrete process, 0 of a continuous one."""
+        """T; 0 of a continuous process."""
         return len(self.alpha_bar)
 
     @property
-    def discrete(self) -> bool:
-        return self.num_timesteps > 0
+    def ends_on_noise(self) -> bool:
+        """Whether alpha is 0 at the noise end, where noise says nothing about the data."""
+        return bool(self.alpha[-1] == 0)
+
+    def ratio_range(self) -> tuple[float, float]:
+        """sigma / alpha at the data end and at the noise end, where alpha must not be 0."""
+        ratio = self.sigma / self.alpha
+        return ratio[0], ratio[-1]
+
+    def coefficients(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(alpha, sigma), traced, at native times t; also between timesteps.
+
+        There the logarithm of sigma / alpha is interpolated, as k-diffusion does.
+        """
+        if jnp.issubdtype(t.dtype, jnp.integer):
+            return jnp.asarray(self.alpha)[t], jnp.asarray(self.sigma)[t]
+        ratio = self._log_ratio()
+        log_ratio = jnp.interp(t, np.arange(len(ratio), dtype=float), ratio)
+        return jax.nn.sigmoid(-2 * log_ratio) ** 0.5, jax.nn.sigmoid(2 * log_ratio) ** 0.5
+
+    def rates(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(d alpha / dt, d sigma / dt), which a table has not."""
+        raise AssertionError(f"a {self.config.kind!r} process has no rates: its time is discrete")
+
+    def host_coefficients(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(alpha, sigma) f64 at native times t; of a table, whole timesteps."""
+        return self.alpha[t], self.sigma[t]
+
+    def time_of_ratio(self, ratio: np.ndarray) -> np.ndarray:
+        """The native time f64 at which sigma / alpha is `ratio`; fractional timesteps."""
+        log_ratio = self._log_ratio()
+        return np.interp(np.log(ratio), log_ratio, np.arange(len(log_ratio), dtype=float))
+
+    def network_input(self, z_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(input, time) of a network for z_t [B, ...] at native times t [B]."""
+        return z_t, t
+
+    def unit_time(self, t: jax.Array) -> jax.Array:
+        """Native times [B] as places in [0, 1], f32."""
+        return t / self.num_timesteps
+
+    def native_time(self, u: float) -> float:
+        """The native time of a place u in [0, 1], the inverse of `unit_time`; fractional."""
+        return u * self.num_timesteps
+
+    def training_time(self, u: jax.Array) -> jax.Array:
+        """The native times [B] that training sees for draws u [B] in [0, 1], int32."""
+        last = self.num_timesteps
+        return jnp.clip(jnp.floor(u * last).astype(jnp.int32), 0, last - 1)
+
+    def _log_ratio(self) -> np.ndarray:
+        return np.log(self.sigma) - np.log(self.alpha)
+
+
+class Path(NamedTuple):
+    """From data to noise in t in [0, 1]."""
+
+    at: Callable[[Any, Any], tuple[Any, Any, Any, Any]]
+    """(t, numpy or jax.numpy) -> alpha, sigma and their derivatives by t."""
+
+    time_of_ratio: Callable[[np.ndarray], np.ndarray]  # t at which sigma / alpha is that
+
+
+@dataclass(frozen=True, eq=False)
+class PathProcess:
+    """A path in t in [0, 1] that ends on noise alone."""
+
+    config: ProcessConfig
+    path: Path
+
+    discrete: ClassVar[bool] = False
+    num_timesteps: ClassVar[int] = 0
+    variance_exploding: ClassVar[bool] = False
+    ends_on_noise: ClassVar[bool] = True
+    data_time: ClassVar[float] = 0
+    noise_time: ClassVar[float] = 1.0
+
+    def coefficients(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(alpha, sigma), traced, at native times t."""
+        return self.path.at(t, jnp)[:2]
+
+    def rates(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(d alpha / dt, d sigma / dt) at native times t, traced."""
+        return self.path.at(t, jnp)[2:]
+
+    def host_coefficients(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(alpha, sigma) f64 at native times t."""
+        return self.path.at(np.asarray(t, np.float64), np)[:2]
+
+    def time_of_ratio(self, ratio: np.ndarray) -> np.ndarray:
+        """The native time f64 at which sigma / alpha is `ratio`."""
+        return self.path.time_of_ratio(np.asarray(ratio, np.float64))
+
+    def network_input(self, z_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(input, time) of a network for z_t [B, ...] at native times t [B]: z_t and 1000 t."""
+        return z_t, TIME_SCALE * t
+
+    def unit_time(self, t: jax.Array) -> jax.Array:
+        """Native times [B] as places in [0, 1]: themselves."""
+        return t
+
+    def native_time(self, u: float) -> float:
+        """The native time of a place u in [0, 1]: itself."""
+        return u
+
+    def training_time(self, u: jax.Array) -> jax.Array:
+        """The native times [B] that training sees for draws u [B] in [0, 1]."""
+        return jnp.clip(u, 0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class SigmaProcess:
+    """Noise added to unscaled data, whose sigma is the time (EDM, section 3)."""
+
+    config: ProcessConfig
+
+    discrete: ClassVar[bool] = False
+    num_timesteps: ClassVar[int] = 0
+    variance_exploding: ClassVar[bool] = True
+    ends_on_noise: ClassVar[bool] = False
+    data_time: ClassVar[float] = 0
 
     @property
-    def ends_on_noise(self) -> bool:
-        """Whether alpha is 0 at the noise end, where noise tells nothing about the data."""
-        if self.discrete:
-            return bool(self.alpha[-1] == 0)
-        return self.config.kind in ("flow", "flow_cosine")
+    def noise_time(self) -> float:
+        """Where sampling begins."""
+        return self.config.sigma_max
+
+    def ratio_range(self) -> tuple[float, float]:
+        """sigma / alpha at the data end and at the noise end."""
+        return self.config.sigma_min, self.config.sigma_max
+
+    def coefficients(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(alpha, sigma), traced, at native times t."""
+        return jnp.ones_like(t), t
+
+    def rates(self, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(d alpha / dt, d sigma / dt) at native times t, traced."""
+        return jnp.zeros_like(t), jnp.ones_like(t)
+
+    def host_coefficients(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(alpha, sigma) f64 at native times t."""
+        sigma = np.asarray(t, np.float64)
+        return np.ones_like(sigma), sigma
+
+    def time_of_ratio(self, ratio: np.ndarray) -> np.ndarray:
+        """The native time f64 at which sigma / alpha is `ratio`: itself."""
+        return np.asarray(ratio, np.float64)
+
+    def network_input(self, z_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(input, time) of a network for z_t [B, ...] at native times t [B].
+
+        z_t over its standard deviation, and ln(sigma) / 4 (EDM, table 1: c_in and c_noise).
+        """
+        scale = (self.config.sigma_data**2 + t**2) ** -0.5
+        return rows(scale, z_t) * z_t, jnp.log(t) / 4
+
+    def unit_time(self, t: jax.Array) -> jax.Array:
+        """Native times [B] as places in [0, 1], f32, by the logarithm; clipped to the range."""
+        low, high = self._log_range()
+        return jnp.clip((jnp.log(t) - low) / (high - low), 0.0, 1.0)
+
+    def native_time(self, u: float) -> float:
+        """The native time of a place u in [0, 1], the inverse of `unit_time`."""
+        return self.config.sigma_min ** (1 - u) * self.config.sigma_max**u
+
+    def training_time(self, u: jax.Array) -> jax.Array:
+        """The native times [B] that training sees for draws u [B] in [0, 1]: even in ln(sigma)."""
+        low, high = self._log_range()
+        return jnp.exp(low + u * (high - low))
+
+    def _log_range(self) -> tuple[float, float]:
+        return np.log(self.config.sigma_min), np.log(self.config.sigma_max)
+
+
+Process = TableProcess | PathProcess | SigmaProcess
 
 
 def ldm_linear(config: ProcessConfig) -> np.ndarray:
@@ -83,6 +263,12 @@ def cosine(config: ProcessConfig) -> np.ndarray:
     return np.cumprod(1 - np.minimum(1 - ideal[1:] / ideal[:-1], 0.999))
 
 
+def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
+    """alpha_bar [T] moved to end on 0 and stretched to keep its first (Lin et al. 2023, alg. 1)."""
+    alpha = np.sqrt(alpha_bar)
+    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+
+
 def flow(t: Any, xp: Any) -> tuple[Any, Any, Any, Any]:
     """(alpha, sigma) and their derivatives on the straight path (rectified flow)."""
     return 1 - t, t, -xp.ones_like(t), xp.ones_like(t)
@@ -96,29 +282,39 @@ def flow_cosine(t: Any, xp: Any) -> tuple[Any, Any, Any, Any]:
     return alpha, sigma, -quarter * sigma, quarter * alpha
 
 
-def edm(t: Any, xp: Any) -> tuple[Any, Any, Any, Any]:
-    """The same where noise is added to unscaled data and its sigma is the time (EDM, section 3)."""
-    return xp.ones_like(t), t, xp.zeros_like(t), xp.ones_like(t)
-
-
 TABLES: dict[str, Callable[[ProcessConfig], np.ndarray]] = {
     "ldm_linear": ldm_linear,
     "ddpm_linear": ddpm_linear,
     "cosine": cosine,
 }
-PATHS: dict[str, Callable[[Any, Any], tuple[Any, Any, Any, Any]]] = {
-    "flow": flow,
-    "flow_cosine": flow_cosine,
-    "edm": edm,
+PATHS: dict[str, Path] = {
+    "flow": Path(flow, lambda ratio: ratio / (1 + ratio)),
+    "flow_cosine": Path(flow_cosine, lambda ratio: np.arctan(ratio) * 2 / np.pi),
 }
-KINDS = (*TABLES, *PATHS)
+
+
+def _table_process(config: ProcessConfig) -> TableProcess:
+    alpha_bar = TABLES[config.kind](config)
+    return TableProcess(
+        config, zero_terminal_snr(alpha_bar) if config.zero_terminal_snr else alpha_bar
+    )
+
+
+def _path_process(config: ProcessConfig) -> PathProcess:
+    return PathProcess(config, PATHS[config.kind])
+
+
+KINDS: dict[str, Callable[[ProcessConfig], Process]] = {
+    **dict.fromkeys(TABLES, _table_process),
+    **dict.fromkeys(PATHS, _path_process),
+    "edm": SigmaProcess,
+}
 
 
 def make_process(config: ProcessConfig) -> Process:
     """The process a config describes; raises InputError for a field outside its range."""
     kind, num_timesteps = config.kind, config.num_timesteps
-    if kind not in KINDS:
-        raise InputError(f"process kind {kind!r} is unknown; choose one of {list(KINDS)}")
+    choose("process kind", kind, KINDS)
     if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 1:
         raise InputError(
             f"num_timesteps {num_timesteps!r} must be a whole number of at least 1; LDM uses 1000"
@@ -128,8 +324,7 @@ def make_process(config: ProcessConfig) -> Process:
             f"beta_start {config.beta_start} and beta_end {config.beta_end} must satisfy "
             "0 < beta_start <= beta_end < 1; LDM uses 0.0015 and 0.0195"
         )
-    if not 0 < config.sigma_data < np.inf:
-        raise InputError(f"sigma_data {config.sigma_data} must be positive; whitened latents: 1")
+    within("sigma_data", config.sigma_data, "(0, inf)", "whitened latents: 1")
     if not 0 < config.sigma_min < config.sigma_max < np.inf:
         raise InputError(
             f"sigma_min {config.sigma_min} and sigma_max {config.sigma_max} must satisfy "
@@ -140,110 +335,22 @@ def make_process(config: ProcessConfig) -> Process:
             f"zero_terminal_snr is for the kinds {list(TABLES)} of at least 2 timesteps, not for "
             f"{kind!r} of {num_timesteps}; leave it out"
         )
-    alpha_bar = TABLES[kind](config) if kind in TABLES else np.zeros(0)
-    if config.zero_terminal_snr:
-        alpha_bar = zero_terminal_snr(alpha_bar)
-    return Process(config, alpha_bar, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
-
-
-def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
-    """alpha_bar [T] moved to end on 0 and stretched to keep its first (Lin et al. 2023, alg. 1)."""
-    alpha = np.sqrt(alpha_bar)
-    return ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
-
-
-def coefficients(process: Process, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(alpha, sigma), traced, at native times t; a discrete process also answers between its own.
-
-    There the logarithm of sigma / alpha is interpolated, as k-diffusion does.
-    """
-    if not process.discrete:
-        return PATHS[process.config.kind](t, jnp)[:2]
-    if jnp.issubdtype(t.dtype, jnp.integer):
-        return jnp.asarray(process.alpha)[t], jnp.asarray(process.sigma)[t]
-    ratio = np.log(process.sigma) - np.log(process.alpha)
-    log_ratio = jnp.interp(t, np.arange(len(ratio), dtype=float), ratio)
-    return jax.nn.sigmoid(-2 * log_ratio) ** 0.5, jax.nn.sigmoid(2 * log_ratio) ** 0.5
-
-
-def rates(process: Process, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(d alpha / dt, d sigma / dt) of a continuous process at native times t, traced."""
-    return PATHS[process.config.kind](t, jnp)[2:]
-
-
-def host_coefficients(process: Process, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(alpha, sigma) f64 at native times t: whole timesteps of a discrete process."""
-    if process.discrete:
-        return process.alpha[t], process.sigma[t]
-    return PATHS[process.config.kind](np.asarray(t, np.float64), np)[:2]
-
-
-def time_of_ratio(process: Process, ratio: np.ndarray) -> np.ndarray:
-    """The native time f64 at which sigma / alpha is `ratio`; fractional timesteps of a table."""
-    if process.discrete:
-        table = np.log(process.sigma) - np.log(process.alpha)
-        return np.interp(np.log(ratio), table, np.arange(len(table), dtype=float))
-    inverse = {
-        "flow": lambda r: r / (1 + r),
-        "flow_cosine": lambda r: np.arctan(r) * 2 / np.pi,
-        "edm": lambda r: r,
-    }
-    return inverse[process.config.kind](np.asarray(ratio, np.float64))
+    return KINDS[kind](config)
 
 
 def at_network(process: Process, network: Denoiser) -> Denoiser:
-    """The denoiser, at native times, that a network makes.
-
-    The network's time is the timestep, 1000 t for t in [0, 1], ln(sigma) / 4 for edm, whose input
-    is also divided by its standard deviation (EDM, table 1: c_noise and c_in).
-    """
+    """The denoiser, at native times, that a network makes (see `network_input`)."""
 
     def denoiser(z_t: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
-        if process.discrete:
-            return network(z_t, t, cond)
-        if process.config.kind == "edm":
-            scale = (process.config.sigma_data**2 + t**2) ** -0.5
-            return network(rows(scale, z_t) * z_t, jnp.log(t) / 4, cond)
-        return network(z_t, TIME_SCALE * t, cond)
+        return network(*process.network_input(z_t, t), cond)
 
     return denoiser
 
 
-def unit_time(process: Process, t: jax.Array) -> jax.Array:
-    """Native times [B] as places in [0, 1], f32: edm's by the logarithm, clipped to its range."""
-    if process.discrete:
-        return t / process.num_timesteps
-    if process.config.kind != "edm":
-        return t
-    low, high = np.log(process.config.sigma_min), np.log(process.config.sigma_max)
-    return jnp.clip((jnp.log(t) - low) / (high - low), 0.0, 1.0)
-
-
-def native_time(process: Process, u: float) -> float:
-    """The native time of a place u in [0, 1], the inverse of `unit_time`; fractional timesteps."""
-    if process.discrete:
-        return u * process.num_timesteps
-    if process.config.kind != "edm":
-        return u
-    return process.config.sigma_min ** (1 - u) * process.config.sigma_max**u
-
-
 def corrupt(process: Process, z0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
     """z_t [B, ...] from z0 and standard normal noise [B, ...] at times t [B] (DDPM eq. 4)."""
-    alpha, sigma = coefficients(process, t)
+    alpha, sigma = process.coefficients(t)
     return rows(alpha, z0) * z0 + rows(sigma, z0) * noise
-
-
-def z0_from_eps(process: Process, z_t: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-    """z0 [B, ...] from z_t and its noise [B, ...] at times t [B] (DDPM eq. 15)."""
-    alpha, sigma = coefficients(process, t)
-    return (z_t - rows(sigma, z_t) * eps) / rows(alpha, z_t)
-
-
-def eps_from_z0(process: Process, z_t: jax.Array, z0: jax.Array, t: jax.Array) -> jax.Array:
-    """The noise [B, ...] in z_t, given z0 [B, ...], at times t [B] (DDPM eq. 15)."""
-    alpha, sigma = coefficients(process, t)
-    return (z_t - rows(alpha, z_t) * z0) / rows(sigma, z_t)
 
 
 def rows(values: jax.Array, like: jax.Array) -> jax.Array:

@@ -44,12 +44,11 @@ def tiled(denoiser: Denoiser, tile: int, overlap: int) -> Denoiser:
         def add(sums: tuple[jax.Array, jax.Array], corner: jax.Array) -> tuple[Any, None]:
             total, weights = sums
             tile_cond = jax.tree.map(lambda x: cut(x, corner), cond)
-            said = denoiser(cut(z_t, corner), t, tile_cond).astype(total.dtype)
-            start = (0, corner[0], corner[1], 0)
-            put = lambda into, x: jax.lax.dynamic_update_slice(  # noqa: E731
-                into, x + jax.lax.dynamic_slice(into, start, x.shape), start
-            )
-            return (put(total, weight * said), put(weights, weight)), None
+            prediction = denoiser(cut(z_t, corner), t, tile_cond).astype(total.dtype)
+            return (
+                _added(total, weight * prediction, corner),
+                _added(weights, weight, corner),
+            ), None
 
         corners = jnp.asarray(corners, jnp.int32)
         one = jax.tree.map(lambda x: cut(x, corners[0]), (z_t, cond))
@@ -61,6 +60,13 @@ def tiled(denoiser: Denoiser, tile: int, overlap: int) -> Denoiser:
         return total / weights
 
     return blended
+
+
+def _added(sums: jax.Array, tile: jax.Array, corner: jax.Array) -> jax.Array:
+    """sums [B, H, W, C] plus a tile [B, h, w, C] whose first pixel is `corner` (y, x)."""
+    start = (0, corner[0], corner[1], 0)
+    there = jax.lax.dynamic_slice(sums, start, tile.shape)
+    return jax.lax.dynamic_update_slice(sums, tile + there, start)
 
 
 def _starts(size: int, tile: int, overlap: int) -> list[int]:

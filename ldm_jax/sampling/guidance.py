@@ -5,7 +5,7 @@ import numpy as np
 
 from ldm_jax.diffusion import guidance
 from ldm_jax.diffusion.parameterisation import target, x0_and_eps
-from ldm_jax.diffusion.process import Denoiser, Process, native_time
+from ldm_jax.diffusion.process import Denoiser, Process
 from ldm_jax.errors import InputError
 from ldm_jax.models import conditions
 from ldm_jax.runs.denoiser import Model
@@ -47,8 +47,8 @@ def guidance_scales(settings: SampleOptions, process: Process) -> dict[str, np.n
     numbers = {
         "scale": settings.guidance,
         # What noises above the process' end, as churn does, is at the end.
-        "low": native_time(process, low) if low > 0 else -np.inf,
-        "high": native_time(process, high) if high < 1 else np.inf,
+        "low": process.native_time(low) if low > 0 else -np.inf,
+        "high": process.native_time(high) if high < 1 else np.inf,
         "rescale": settings.guidance_rescale,
         "eta": projection[0] if projection else 0.0,
         "norm": projection[1] if len(projection) > 1 else np.inf,

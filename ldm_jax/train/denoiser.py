@@ -10,7 +10,7 @@ import numpy as np
 
 from ldm_jax.diffusion import noise_levels, objective
 from ldm_jax.diffusion.objective import Objective
-from ldm_jax.diffusion.process import Process, at_network, unit_time
+from ldm_jax.diffusion.process import Process, at_network
 from ldm_jax.errors import choose, within
 from ldm_jax.keys import normal_like
 from ldm_jax.models import conditions, denoiser
@@ -75,7 +75,7 @@ def per_example(of: Denoising) -> PerExample:
             return denoiser.apply(model, params, z_t, t, cond)
 
         def log_loss(t: jax.Array) -> jax.Array:
-            return uncertainty.apply(params["uncertainty"], unit_time(process, t))
+            return uncertainty.apply(params["uncertainty"], process.unit_time(t))
 
         z0 = of.codec.encode(batch["moments"], keys("posterior"))
         noise = constrain(normal_like(keys("noise"), z0), "batch", "height", "width", "channels")
@@ -86,18 +86,18 @@ def per_example(of: Denoising) -> PerExample:
         if aim.offset_noise:
             noise = objective.offset(aim, keys("offset_noise"), noise)
         learned = bool(aim.uncertainty) and "uncertainty" in params
-        value = objective.denoising_loss(
+        denoised = objective.denoising_loss(
             at_network(process, network),
             process,
-            z0,
-            cond,
-            t,
-            noise,
-            of.loss.kind,
             aim,
-            log_loss if learned else None,
+            z0=z0,
+            noise=noise,
+            t=t,
+            cond=cond,
+            penalty=of.loss.kind,
+            uncertainty=log_loss if learned else None,
         )
-        return Examples(value, unit_time(process, t), z0, z0)
+        return Examples(denoised.loss, process.unit_time(t), z0, denoised.x0)
 
     return compute
 

@@ -74,7 +74,9 @@ def likelihood(kind):
 
 
 def guided(kind, scale):
-    gain = lambda t: GAINS[kind](*levels(kind, t))  # noqa: E731
+    def gain(t):
+        return GAINS[kind](*levels(kind, t))
+
     return gradient(exact(kind), to_x0(kind), likelihood(kind), gain, scale)
 
 
@@ -103,9 +105,12 @@ def test_samples_are_the_likelier_the_larger_the_scale_with_one_program():
     schedule = make_process(ProcessConfig())
     alpha, sigma = jnp.asarray(schedule.alpha), jnp.asarray(schedule.sigma)
     keys, count = example_keys(key_for(0, "sampler"), jnp.arange(3)), 0
-    small = lambda x: x.mean((1, 2))  # noqa: E731
-    likeness = lambda z_t, x0, t: -2 * jnp.square(small(x0) - 0.7).sum(-1)  # noqa: E731
-    classifier = lambda z_t, x0, t: jax.nn.log_sigmoid(3 * small(z_t).sum(-1))  # noqa: E731
+
+    def likeness(z_t, x0, t):
+        return -2 * jnp.square(x0.mean((1, 2)) - 0.7).sum(-1)
+
+    def classifier(z_t, x0, t):
+        return jax.nn.log_sigmoid(3 * z_t.mean((1, 2)).sum(-1))
 
     def eps(z_t, t, cond):
         a, s = rows(alpha[t]), rows(sigma[t])
@@ -114,13 +119,15 @@ def test_samples_are_the_likelier_the_larger_the_scale_with_one_program():
     def x0(z_t, p, t):
         return (z_t - rows(sigma[t]) * p) / rows(alpha[t])
 
+    def gain(t):
+        return GAINS["eps"](alpha[t], sigma[t])
+
     for log_likelihood in (likeness, classifier):
 
         @jax.jit
         def sample(scale, log_likelihood=log_likelihood):
             nonlocal count
             count += 1
-            gain = lambda t: GAINS["eps"](alpha[t], sigma[t])  # noqa: E731
             denoiser = gradient(eps, x0, log_likelihood, gain, scale)
             predict = predictor(schedule, "eps", denoiser)
             return ddim(predict, make_grid(schedule, 10), Z_T, None, keys)

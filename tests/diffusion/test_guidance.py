@@ -1,7 +1,5 @@
 """Laws of guidance: what each rule leaves alone, and what it does to the rest."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +7,8 @@ import pytest
 
 from ldm_jax.diffusion import guidance
 from ldm_jax.diffusion.grid import make_grid
-from ldm_jax.diffusion.guidance import classifier_free
 from ldm_jax.diffusion.parameterisation import predictor
-from ldm_jax.diffusion.process import ProcessConfig, eps_from_z0, make_process, z0_from_eps
+from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.diffusion.samplers import ddim
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for
@@ -38,20 +35,25 @@ def unconditional():
     return denoiser(Z_T, T, null)
 
 
+def classifier_free(scale, denoiser=denoiser):
+    contrast = guidance.null_and_cond(denoiser, NULL)
+    return guidance.guide(contrast, guidance.extrapolate(scale))
+
+
 @pytest.mark.parametrize("scale", [1.0, jnp.float32(1)])
 def test_scale_one_is_the_conditional_model_bit_for_bit(scale):
-    guided = classifier_free(denoiser, scale, NULL)(Z_T, T, COND)
+    guided = classifier_free(scale)(Z_T, T, COND)
     np.testing.assert_array_equal(guided, conditional())
 
 
 def test_scale_zero_is_the_unconditional_model():
-    guided = classifier_free(denoiser, 0.0, NULL)(Z_T, T, COND)
+    guided = classifier_free(0.0)(Z_T, T, COND)
     np.testing.assert_array_equal(guided, unconditional())
 
 
 @pytest.mark.parametrize("scale", [-0.5, 0.5, 1.5, 5.0])
 def test_prediction_is_linear_in_scale(scale):
-    guided = classifier_free(denoiser, scale, NULL)(Z_T, T, COND)
+    guided = classifier_free(scale)(Z_T, T, COND)
     null, cond = np.float64(unconditional()), np.float64(conditional())
     np.testing.assert_allclose(guided, (1 - scale) * null + scale * cond, rtol=0, atol=2e-6)
 
@@ -63,7 +65,7 @@ def test_both_predictions_come_from_one_call_null_half_first():
         calls.append((z_t, t, cond))
         return denoiser(z_t, t, cond)
 
-    classifier_free(recorded, 2.0, NULL)(Z_T, T, COND)
+    classifier_free(2.0, recorded)(Z_T, T, COND)
     ((z_t, t, cond),) = calls
     np.testing.assert_array_equal(z_t, np.concatenate([Z_T, Z_T]))
     np.testing.assert_array_equal(t, [10, 500, 990, 10, 500, 990])
@@ -83,7 +85,7 @@ def test_sampling_compiles_once_for_every_scale_and_key():
 
     @jax.jit
     def sample(scale, keys):
-        guided = predictor(process, "eps", classifier_free(counted, scale, NULL))
+        guided = predictor(process, "eps", classifier_free(scale, counted))
         return ddim(guided, grid, Z_T, COND, keys, eta=0.5)
 
     def keys(seed):
@@ -103,6 +105,21 @@ def bad(z_t, t, cond):
     return 0.7 * denoiser(z_t, t, cond) + 0.1 * z_t
 
 
+def levels(t):
+    alpha_bar = jnp.asarray(SCHEDULE.alpha_bar)[t].reshape(-1, 1, 1, 1)
+    return jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+
+
+def to_x0(z_t, eps, t):
+    alpha, sigma = levels(t)
+    return (z_t - sigma * eps) / alpha
+
+
+def from_x0(z_t, x0, t):
+    alpha, sigma = levels(t)
+    return (z_t - alpha * x0) / sigma
+
+
 def rescaled(scale):
     return guidance.rescale(guidance.extrapolate(scale), 0.7)
 
@@ -113,7 +130,6 @@ def some_channels(scale):
 
 def projected_in_x0(scale):
     rule = guidance.project(scale, eta=0.3, norm_threshold=2.0)
-    to_x0, from_x0 = partial(z0_from_eps, SCHEDULE), partial(eps_from_z0, SCHEDULE)
     return guidance.in_x0(rule, to_x0, from_x0)
 
 
@@ -145,7 +161,10 @@ def test_a_scale_for_each_row_is_that_scale_for_that_row(name):
 
 def test_autoguidance_goes_from_the_bad_model_through_the_good_one():
     good = conditional()
-    at = lambda scale: guidance.autoguidance(denoiser, bad, scale)(Z_T, T, COND)  # noqa: E731
+
+    def at(scale):
+        return guidance.autoguidance(denoiser, bad, scale)(Z_T, T, COND)
+
     np.testing.assert_array_equal(at(1.0), good)
     np.testing.assert_array_equal(at(0.0), bad(Z_T, T, COND))
     away = 1.5 * (np.float64(good) - np.float64(bad(Z_T, T, COND)))
@@ -155,7 +174,9 @@ def test_autoguidance_goes_from_the_bad_model_through_the_good_one():
 @pytest.mark.parametrize("low, high, inside", [(0, 5, ()), (10, 500, (0, 1)), (991, 999, ())])
 def test_outside_of_its_interval_guidance_is_the_conditional_model_bit_for_bit(low, high, inside):
     # Powers of two: a compiled product is the same, bit for bit, as one that is not.
-    doubling = lambda z_t, t, c: z_t * 2.0 ** c["label"].reshape(-1, 1, 1, 1)  # noqa: E731
+    def doubling(z_t, t, c):
+        return z_t * 2.0 ** c["label"].reshape(-1, 1, 1, 1)
+
     contrast, rule = guidance.null_and_cond(doubling, NULL), guidance.extrapolate(3.0)
     got = guidance.interval(contrast, rule, low, high)(Z_T, T, COND)
     full = guidance.guide(contrast, rule)(Z_T, T, COND)
@@ -186,7 +207,10 @@ def test_rescaling_brings_the_spread_towards_the_conditional_one(phi):
     plain = np.float64(guidance.guide(CONTRAST, guidance.extrapolate(4.0))(Z_T, T, COND))
     rule = guidance.rescale(guidance.extrapolate(4.0), phi)
     got = np.float64(guidance.guide(CONTRAST, rule)(Z_T, T, COND))
-    spread = lambda x: x.std(axis=(1, 2, 3))  # noqa: E731
+
+    def spread(x):
+        return x.std(axis=(1, 2, 3))
+
     want = phi * spread(np.float64(conditional())) + (1 - phi) * spread(plain)
     np.testing.assert_allclose(spread(got), want, rtol=1e-5)
     # One factor a row: nothing but the size changes.
@@ -195,7 +219,7 @@ def test_rescaling_brings_the_spread_towards_the_conditional_one(phi):
 
 def test_projection_of_all_of_the_difference_is_classifier_free_guidance():
     got = guidance.guide(CONTRAST, guidance.project(3.0, eta=1.0))(Z_T, T, COND)
-    np.testing.assert_allclose(got, classifier_free(denoiser, 3.0, NULL)(Z_T, T, COND), atol=2e-6)
+    np.testing.assert_allclose(got, classifier_free(3.0)(Z_T, T, COND), atol=2e-6)
 
 
 def test_projected_guidance_is_orthogonal_and_no_longer_than_allowed():
@@ -233,7 +257,6 @@ def test_channels_that_the_latent_lacks_are_refused(which):
 
 
 def test_a_rule_in_x0_acts_on_x0():
-    to_x0, from_x0 = partial(z0_from_eps, SCHEDULE), partial(eps_from_z0, SCHEDULE)
     rule = guidance.project(3.0, eta=0.0, norm_threshold=2.0)
     got = guidance.guide(CONTRAST, guidance.in_x0(rule, to_x0, from_x0))(Z_T, T, COND)
     weak, strong = to_x0(Z_T, unconditional(), T), to_x0(Z_T, conditional(), T)

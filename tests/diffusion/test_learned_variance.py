@@ -7,11 +7,11 @@ import pytest
 
 from ldm_jax.diffusion.gradient_guidance import gradient
 from ldm_jax.diffusion.grid import Grid, make_grid
-from ldm_jax.diffusion.guidance import classifier_free, extrapolate, in_x0, interval, null_and_cond
+from ldm_jax.diffusion.guidance import extrapolate, guide, in_x0, interval, null_and_cond
 from ldm_jax.diffusion.learned_variance import hybrid_vlb, log_variance, posterior, split
-from ldm_jax.diffusion.objective import Objective, denoising_loss
+from ldm_jax.diffusion.objective import Objective, check, denoising_loss
 from ldm_jax.diffusion.parameterisation import clipped, dynamically_clipped, predictor
-from ldm_jax.diffusion.process import ProcessConfig, corrupt, make_process, z0_from_eps
+from ldm_jax.diffusion.process import ProcessConfig, corrupt, make_process
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.diffusion.tiling import tiled
 from ldm_jax.errors import InputError
@@ -41,6 +41,42 @@ def test_bound_is_zero_for_the_truth_and_positive_elsewhere():
         assert np.all(hybrid_vlb(PROCESS, Z0, z_t, eps, jnp.full(SHAPE, v), T) > truth + 1e-6)
 
 
+def posterior_by_hand(z0, z_t):
+    """(mean, variance) of q(z_(t-1) | z_t, z0) in f64, from DDPM eq. 7."""
+    t = np.asarray(T)
+    now, before = (PROCESS.alpha_bar[s].reshape(3, 1, 1, 1) for s in (t, t - 1))
+    beta = 1 - now / before
+    mean = np.sqrt(before) * beta * z0 + np.sqrt(1 - beta) * (1 - before) * z_t
+    return mean / (1 - now), beta * (1 - before) / (1 - now)
+
+
+def test_posterior_is_ddpms():
+    z_t = np.float64(corrupt(PROCESS, Z0, NOISE, T))
+    mean, _ = posterior_by_hand(np.float64(Z0), z_t)
+    np.testing.assert_allclose(posterior(PROCESS, Z0, jnp.asarray(z_t), T), mean, atol=2e-6)
+
+
+def test_bound_is_the_divergence_of_two_normals():
+    z_t, wrong, v = np.float64(corrupt(PROCESS, Z0, NOISE, T)), NOISE + 0.5, jnp.full(SHAPE, 0.4)
+    alpha_bar = PROCESS.alpha_bar[np.asarray(T)].reshape(3, 1, 1, 1)
+    x0 = (z_t - np.sqrt(1 - alpha_bar) * np.float64(wrong)) / np.sqrt(alpha_bar)
+    (mean, low), (guess, _) = posterior_by_hand(np.float64(Z0), z_t), posterior_by_hand(x0, z_t)
+    beta = 1 - alpha_bar / PROCESS.alpha_bar[np.asarray(T) - 1].reshape(3, 1, 1, 1)
+    variance = beta**0.7 * low**0.3  # IDDPM eq. 15 at v = 0.4
+    # KL(N(mean, low) || N(guess, variance))
+    kl = (np.log(variance / low) + (low + (mean - guess) ** 2) / variance - 1) / 2
+    got = hybrid_vlb(PROCESS, Z0, jnp.asarray(z_t), wrong, v, T)
+    np.testing.assert_allclose(got, kl.mean(axis=(1, 2, 3)), rtol=1e-3)
+
+
+def test_variance_at_the_data_end_is_cut_to_that_of_the_next_timestep():
+    """IDDPM, section 3.1: the posterior's own is 0 there."""
+    alpha_bar = PROCESS.alpha_bar
+    expected = (1 - alpha_bar[1] / alpha_bar[0]) * (1 - alpha_bar[0]) / (1 - alpha_bar[1])
+    got = log_variance(PROCESS, -jnp.ones(SHAPE), jnp.zeros(3, jnp.int32))
+    np.testing.assert_allclose(np.exp(got), expected, rtol=1e-4)
+
+
 def test_bound_at_the_data_end_is_the_density_of_a_normal():
     t = jnp.zeros(3, jnp.int32)
     z_t, v = corrupt(PROCESS, Z0, NOISE, t), jnp.full(SHAPE, 0.3)
@@ -49,11 +85,18 @@ def test_bound_at_the_data_end_is_the_density_of_a_normal():
     np.testing.assert_allclose(posterior(PROCESS, Z0, z_t, t), mean, atol=1e-6)
     expected = (np.log(2 * np.pi) + log_var).mean(axis=(1, 2, 3)) / 2
     np.testing.assert_allclose(value, expected, rtol=1e-2)
+    # A mean that is off by e costs e^2 / 2 sigma^2 more.
+    off = hybrid_vlb(PROCESS, Z0 + 0.1, z_t, NOISE, v, t)
+    extra = (0.01 * np.exp(-log_var)).mean(axis=(1, 2, 3)) / 2
+    np.testing.assert_allclose(off - value, extra, rtol=2e-2)
 
 
 def test_gradient_reaches_the_variance_alone():
     z_t = corrupt(PROCESS, Z0, NOISE, T)
-    bound = lambda eps, v: hybrid_vlb(PROCESS, Z0, z_t, eps, v, T).sum()  # noqa: E731
+
+    def bound(eps, v):
+        return hybrid_vlb(PROCESS, Z0, z_t, eps, v, T).sum()
+
     of_eps, of_v = jax.grad(bound, argnums=(0, 1))(NOISE + 0.1, jnp.zeros(SHAPE))
     assert not np.any(of_eps) and np.all(of_v != 0)
 
@@ -79,19 +122,23 @@ def both(z_t, t, cond):
     return jnp.concatenate([eps_of(z_t, t, cond), v_of(z_t, t, cond)], axis=-1)
 
 
+def losses(denoiser, objective):
+    data = {"z0": Z0, "noise": NOISE, "t": T, "cond": None}
+    return denoising_loss(denoiser, PROCESS, objective, **data).loss
+
+
 def test_hybrid_loss_is_the_plain_one_and_the_bound_of_all_timesteps_in_bits():
     learned = Objective(learned_variance=True)
     z_t = corrupt(PROCESS, Z0, NOISE, T)
-    plain = denoising_loss(eps_of, PROCESS, Z0, None, T, NOISE)
+    plain = losses(eps_of, Objective())
     bound = hybrid_vlb(PROCESS, Z0, z_t, eps_of(z_t, T, None), v_of(z_t, T, None), T)
-    hybrid = denoising_loss(both, PROCESS, Z0, None, T, NOISE, objective=learned)
+    hybrid = losses(both, learned)
     np.testing.assert_allclose(hybrid, plain + 0.001 * 1000 * bound / np.log(2), rtol=1e-5)
 
 
 def test_hybrid_loss_teaches_eps_the_plain_loss_and_v_the_bound():
     def loss(by, objective, denoiser):
-        scaled = lambda z_t, t, cond: denoiser(z_t, t, cond) * by  # noqa: E731
-        return denoising_loss(scaled, PROCESS, Z0, None, T, NOISE, objective=objective).sum()
+        return losses(lambda z_t, t, cond: denoiser(z_t, t, cond) * by, objective).sum()
 
     by = jnp.linspace(0.5, 1.5, 4).reshape(1, 1, 1, 4)
     got = jax.grad(loss)(by, Objective(learned_variance=True), both)
@@ -104,11 +151,9 @@ def test_objective_refuses_what_has_no_learned_variance():
     flow = make_process(ProcessConfig("flow"))
     for process, name in ((PROCESS, "v"), (flow, "velocity")):
         with pytest.raises(InputError, match=f"learned_variance is of .* not of '{name}'"):
-            objective = Objective(name, learned_variance=True)
-            denoising_loss(both, process, Z0, None, T, NOISE, objective=objective)
+            check(process, Objective(name, learned_variance=True))
     with pytest.raises(AssertionError, match="twice with learned_variance"):
-        learned = Objective(learned_variance=True)
-        denoising_loss(eps_of, PROCESS, Z0, None, T, NOISE, objective=learned)
+        losses(eps_of, Objective(learned_variance=True))
 
 
 def drawn(name, denoiser, grid, wrap=lambda predict: predict):
@@ -130,7 +175,8 @@ def test_ddpm_draws_with_the_learned_variance():
     keys, z_t = example_keys(key_for(0, "sampler"), jnp.arange(3)), Z0
     for index, time in enumerate(times[:-1]):
         t = jnp.full(3, time)
-        mean = posterior(PROCESS, z0_from_eps(PROCESS, z_t, eps_of(z_t, t, None), t), z_t, t)
+        x0 = (z_t - PROCESS.sigma[time] * eps_of(z_t, t, None)) / PROCESS.alpha[time]
+        mean = posterior(PROCESS, x0, z_t, t)
         noise = normal_like(jax.vmap(lambda k, i=index: jax.random.fold_in(k, i))(keys), z_t)
         z_t = mean + jnp.exp(log_variance(PROCESS, v_of(z_t, t, None), t) / 2) * noise
     np.testing.assert_allclose(drawn("ddpm", both, grid), z_t, atol=2e-5)
@@ -140,9 +186,10 @@ def test_ddpm_draws_with_the_learned_variance():
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddpm_at_the_lower_end_is_ddpm_on_grids_of_few_steps(spacing):
     grid = make_grid(PROCESS, 5, spacing)
-    lower = lambda z_t, t, cond: jnp.concatenate(  # noqa: E731
-        [eps_of(z_t, t, cond), -jnp.ones_like(z_t)], axis=-1
-    )
+
+    def lower(z_t, t, cond):
+        return jnp.concatenate([eps_of(z_t, t, cond), -jnp.ones_like(z_t)], axis=-1)
+
     np.testing.assert_allclose(drawn("ddpm", lower, grid), drawn("ddpm", eps_of, grid), atol=1e-6)
     assert np.isfinite(drawn("ddpm", both, grid)).all()
 
@@ -164,7 +211,7 @@ def guides(denoiser):
     contrast = null_and_cond(denoiser, jnp.full((1, 1, 1, 1), -0.3))
     in_z0 = in_x0(extrapolate(2.0), lambda z, p, t: 2 * z - p, lambda z, x0, t: 2 * z - x0)
     return {
-        "scale": classifier_free(denoiser, 2.0, jnp.full((1, 1, 1, 1), -0.3)),
+        "scale": guide(contrast, extrapolate(2.0)),
         "interval": interval(contrast, in_z0, 3, 10),
         "tiles": tiled(denoiser, 2, 1),
         "gradient": gradient(

@@ -82,9 +82,9 @@ def test_time_depends_on_its_own_key_only(draw):
     ("fields", "words"),
     [
         ({"draw": "normal"}, "draw 'normal' is unknown"),
-        ({"std": 0.0}, "std 0.0 must be positive"),
+        ({"std": 0.0}, "std 0.0 must be above 0; SD3"),
         ({"mode_scale": 2.0}, "mode_scale 2.0 must be"),
-        ({"shift": 0.0}, "shift 0.0 must be positive"),
+        ({"shift": 0.0}, "shift 0.0 must be above 0"),
         ({"draw": "log_normal"}, "'log_normal'.*not 'flow'"),
     ],
 )

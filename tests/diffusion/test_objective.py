@@ -16,7 +16,7 @@ from ldm_jax.diffusion.objective import (
     weight,
 )
 from ldm_jax.diffusion.parameterisation import target
-from ldm_jax.diffusion.process import ProcessConfig, corrupt, eps_from_z0, make_process
+from ldm_jax.diffusion.process import ProcessConfig, corrupt, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for
 
@@ -26,15 +26,24 @@ Z0 = jax.random.normal(key_for(0, "z0"), (3, 8, 8, 16))
 NOISE = jax.random.normal(key_for(0, "noise"), (3, 8, 8, 16))
 
 
+def denoised(denoiser, process=PROCESS, objective=Objective(), t=T, cond=None, **options):
+    data = {"z0": Z0, "noise": NOISE, "t": t, "cond": cond}
+    return denoising_loss(denoiser, process, objective, **data, **options)
+
+
+def losses(*arguments, **options):
+    return denoised(*arguments, **options).loss
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_of_the_true_noise_is_zero(loss):
-    value = denoising_loss(lambda z_t, t, cond: NOISE, PROCESS, Z0, None, T, NOISE, loss)
+    value = losses(lambda z_t, t, cond: NOISE, penalty=loss)
     np.testing.assert_array_equal(value, np.zeros(3))
 
 
 @pytest.mark.parametrize(("loss", "expected"), [("l2", 1.0), ("l1", (2 / np.pi) ** 0.5)])
 def test_loss_of_the_zero_predictor_is_the_moment_of_a_normal(loss, expected):
-    value = denoising_loss(lambda z_t, t, cond: 0 * z_t, PROCESS, Z0, None, T, NOISE, loss)
+    value = losses(lambda z_t, t, cond: 0 * z_t, penalty=loss)
     np.testing.assert_allclose(value, np.full(3, expected), rtol=0.15)
 
 
@@ -45,7 +54,7 @@ def test_loss_equals_the_formula_written_by_hand(loss, penalty):
     def denoiser(z_t, t, cond):
         return z_t * (t.reshape(3, 1, 1, 1) / 1000) + cond["shift"].reshape(3, 1, 1, 1)
 
-    value = denoising_loss(denoiser, PROCESS, Z0, cond, T, NOISE, loss)
+    value = losses(denoiser, cond=cond, penalty=loss)
     z0, noise, shift = (np.asarray(a, np.float64) for a in (Z0, NOISE, cond["shift"]))
     for row, t in enumerate([0, 300, 999]):
         alpha_bar = PROCESS.alpha_bar[t]
@@ -55,9 +64,7 @@ def test_loss_equals_the_formula_written_by_hand(loss, penalty):
 
 
 def test_loss_is_f32_when_the_denoiser_answers_in_bf16():
-    value = denoising_loss(
-        lambda z_t, t, cond: NOISE.astype(jnp.bfloat16), PROCESS, Z0, None, T, NOISE
-    )
+    value = losses(lambda z_t, t, cond: NOISE.astype(jnp.bfloat16))
     assert value.dtype == jnp.float32
     rounding = np.asarray(NOISE.astype(jnp.bfloat16), np.float64) - np.asarray(NOISE, np.float64)
     np.testing.assert_allclose(value, np.square(rounding).mean(axis=(1, 2, 3)), rtol=1e-5)
@@ -65,12 +72,12 @@ def test_loss_is_f32_when_the_denoiser_answers_in_bf16():
 
 def test_loss_refuses_a_prediction_that_would_broadcast():
     with pytest.raises(AssertionError, match=r"\(3, 8, 8, 1\)"):
-        denoising_loss(lambda z_t, t, cond: z_t[..., :1], PROCESS, Z0, None, T, NOISE)
+        losses(lambda z_t, t, cond: z_t[..., :1])
 
 
 def test_loss_refuses_an_unknown_name():
     with pytest.raises(InputError, match=r"'huber'.*l1.*l2"):
-        denoising_loss(lambda z_t, t, cond: z_t, PROCESS, Z0, None, T, NOISE, "huber")
+        losses(lambda z_t, t, cond: z_t, penalty="huber")
 
 
 def test_timesteps_are_uniform():
@@ -132,19 +139,51 @@ def test_edm_weight_is_edms_and_the_plain_loss_of_its_network():
 @pytest.mark.parametrize("name", [name for name in WEIGHTS if name != "simple"])
 def test_weight_is_of_the_error_of_x0_whatever_is_predicted(name):
     t, wrong = jnp.array([0.2, 0.5, 0.8]), Z0 + 0.3 * NOISE
-    losses = []
+    by_prediction = []
     for parameterisation in ("x0", "v", "velocity", "preconditioned"):
         z_t = corrupt(FLOW, Z0, NOISE, t)
-        eps = eps_from_z0(FLOW, z_t, wrong, t)
-        said = target(FLOW, parameterisation, wrong, eps, t)
+        time = np.reshape(t, (3, 1, 1, 1))
+        eps = (z_t - (1 - time) * wrong) / time  # the noise that z_t has if its data is `wrong`
+        prediction = target(FLOW, parameterisation, wrong, eps, t)
         objective = Objective(parameterisation, name)
-        losses.append(
-            denoising_loss(
-                lambda z, t, c, said=said: said, FLOW, Z0, None, t, NOISE, "l2", objective
-            )
-        )
-    for loss in losses[1:]:
-        np.testing.assert_allclose(loss, losses[0], rtol=1e-4)
+        by_prediction.append(losses(lambda z, t, c, p=prediction: p, FLOW, objective, t))
+    for loss in by_prediction[1:]:
+        np.testing.assert_allclose(loss, by_prediction[0], rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["x0", "v", "velocity", "preconditioned"])
+def test_true_target_gives_the_data_back(name):
+    t = jnp.array([0.2, 0.5, 0.8])
+    truth = target(FLOW, name, Z0, NOISE, t)
+    estimate = denoised(lambda z_t, t, c: truth, FLOW, Objective(name), t).x0
+    np.testing.assert_allclose(estimate, Z0, rtol=0, atol=2e-5)
+
+
+def test_data_estimated_from_a_velocity_is_a_straight_step_away():
+    t = jnp.array([0.2, 0.5, 0.8])
+    time = np.float64(t).reshape(3, 1, 1, 1)
+    expected = (1 - time) * np.float64(Z0) + time * np.float64(NOISE) - time * 3.0  # z_t - t v
+    estimate = denoised(lambda z_t, t, c: 0 * z_t + 3, FLOW, Objective("velocity"), t).x0
+    np.testing.assert_allclose(estimate, expected, rtol=0, atol=2e-6)
+
+
+def test_data_estimated_from_noise_is_f32_and_ddpms():
+    alpha_bar = PROCESS.alpha_bar[np.asarray(T)].reshape(3, 1, 1, 1)
+    z_t = np.sqrt(alpha_bar) * np.float64(Z0) + np.sqrt(1 - alpha_bar) * np.float64(NOISE)
+    expected = (z_t - np.sqrt(1 - alpha_bar) * 0.5) / np.sqrt(alpha_bar)  # DDPM eq. 15
+    estimate = denoised(lambda z_t, t, c: jnp.full(z_t.shape, 0.5, jnp.bfloat16)).x0
+    assert estimate.dtype == jnp.float32
+    np.testing.assert_allclose(estimate, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_unused_estimate_of_the_data_leaves_the_gradient_finite():
+    """Also where the noise end has no data in it, and the data end no noise."""
+
+    def loss(by):
+        ends = jnp.array([0.0, 0.5, 1.0])
+        return losses(lambda z_t, t, c: by * z_t, FLOW, Objective("x0"), ends).sum()
+
+    assert np.isfinite(jax.grad(loss)(jnp.float32(0.5)))
 
 
 def test_weight_is_finite_at_both_ends():
@@ -159,12 +198,13 @@ def test_learned_uncertainty_is_least_at_the_logarithm_of_the_loss():
     objective = Objective("preconditioned", "edm", noise_levels=NoiseLevels("log_normal"))
     t = jnp.array([0.1, 1.0, 10.0])
 
-    def loss(u):
-        return denoising_loss(
-            lambda z_t, t, c: 0 * z_t, EDM, Z0, None, t, NOISE, "l2", objective, lambda t: u
-        )
+    def zero(z_t, t, cond):
+        return 0 * z_t
 
-    plain = denoising_loss(lambda z_t, t, c: 0 * z_t, EDM, Z0, None, t, NOISE, "l2", objective)
+    def loss(u):
+        return losses(zero, EDM, objective, t, uncertainty=lambda t: u)
+
+    plain = losses(zero, EDM, objective, t)
     np.testing.assert_allclose(loss(jnp.zeros(3)), plain, rtol=1e-6)
     slope = jax.grad(lambda u: loss(u).sum())(jnp.log(plain))
     np.testing.assert_allclose(slope, 0, atol=1e-5)
@@ -177,16 +217,22 @@ def test_direction_term_sees_the_direction_alone():
     np.testing.assert_allclose(direction_error(a, b), direction_error(5 * a, b), atol=1e-5)
     objective = Objective("velocity", cosine_weight=0.5)
     t = jnp.array([0.2, 0.5, 0.8])
-    run = lambda objective: denoising_loss(  # noqa: E731
-        lambda z_t, t, c: z_t, FLOW, Z0, None, t, NOISE, "l2", objective
-    )
+
+    def run(objective):
+        return losses(lambda z_t, t, c: z_t, FLOW, objective, t)
+
     extra = run(objective) - run(Objective("velocity"))
     z_t = corrupt(FLOW, Z0, NOISE, t)
-    np.testing.assert_allclose(extra, 0.5 * direction_error(z_t, NOISE - Z0), rtol=1e-4)
+    a, b = np.float64(z_t), np.float64(NOISE - Z0)
+    cos = (a * b).sum(-1) / np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    np.testing.assert_allclose(extra, 0.5 * (1 - cos).mean(axis=(1, 2)), rtol=1e-4)
 
 
 def test_offset_noise_is_one_draw_an_example_and_channel():
-    keys = lambda: example_keys(key_for(0, "offset"), jnp.arange(400))  # noqa: E731
+
+    def keys():
+        return example_keys(key_for(0, "offset"), jnp.arange(400))
+
     noise = jnp.zeros((400, 3, 3, 2))
     moved = offset(Objective(offset_noise=0.2), keys(), noise)
     assert np.all(moved == moved[:, :1, :1])
@@ -200,9 +246,9 @@ def test_offset_noise_is_one_draw_an_example_and_channel():
     [
         ({"parameterisation": "noise"}, "parameterisation 'noise' is unknown"),
         ({"weight": "snr"}, "weight 'snr' is unknown"),
-        ({"min_snr_gamma": 0.0}, "min_snr_gamma 0.0 must be positive"),
-        ({"offset_noise": -0.1}, "offset_noise -0.1 must not be negative"),
-        ({"cosine_weight": float("nan")}, "cosine_weight nan must not be negative"),
+        ({"min_snr_gamma": 0.0}, "min_snr_gamma 0.0 must be above 0; 5 is"),
+        ({"offset_noise": -0.1}, "offset_noise -0.1 must be at least 0; 0 = none"),
+        ({"cosine_weight": float("nan")}, "cosine_weight nan must be at least 0"),
     ],
 )
 def test_objective_that_makes_no_sense_is_refused(fields, words):

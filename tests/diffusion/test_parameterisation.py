@@ -51,9 +51,9 @@ def test_target_and_state_give_data_and_noise_back(process, name, ends):
     with jax.enable_x64(True):
         x0, eps, t = draw(process, ends)
         z_t = corrupt(process, x0, eps, t)
-        said = target(process, name, x0, eps, t)
-        assert np.isfinite(said).all()
-        got_x0, got_eps = x0_and_eps(process, name, z_t, said, t)
+        prediction = target(process, name, x0, eps, t)
+        assert np.isfinite(prediction).all()
+        got_x0, got_eps = x0_and_eps(process, name, z_t, prediction, t)
         np.testing.assert_allclose(got_x0, x0, rtol=0, atol=1e-10)
         if name == "x0" and ends and not process.discrete:
             got_eps, eps = got_eps[1::2], eps[1::2]  # data without noise tells nothing about eps
@@ -79,8 +79,8 @@ def test_preconditioning_is_edm():
         z_t = corrupt(process, x0, eps, jnp.asarray(s))
         skip, out = 0.25 / (s**2 + 0.25), s * 0.5 / np.sqrt(s**2 + 0.25)
         skip, out = skip.reshape(4, 1, 1, 1), out.reshape(4, 1, 1, 1)
-        said = target(process, "preconditioned", x0, eps, jnp.asarray(s))
-        np.testing.assert_allclose(skip * z_t + out * said, x0, rtol=0, atol=1e-12)
+        prediction = target(process, "preconditioned", x0, eps, jnp.asarray(s))
+        np.testing.assert_allclose(skip * z_t + out * prediction, x0, rtol=0, atol=1e-12)
 
 
 def test_velocity_of_the_straight_path_is_noise_minus_data():
@@ -138,3 +138,23 @@ def test_dynamic_limit_brings_the_quantile_to_the_bound():
     within = np.abs(x0) < 2
     ratio = (x0 / z_t.reshape(2, -1))[0][within[0]]
     assert ratio.std() < 1e-6 and ratio.mean() < 1
+
+
+@pytest.mark.parametrize("bound", [0.5, 1.0, 2.0])
+def test_dynamic_limit_is_imagens(bound):
+    process = make_process(ProcessConfig())
+    z_t, t = 3 * jax.random.normal(key_for(0, "z_t"), (2, 20, 20, 2)), jnp.array([10, 900])
+    plain = predictor(process, "x0", lambda z_t, t, cond: z_t)
+    x0 = np.float64(z_t)
+    size = np.quantile(np.abs(x0), 0.995, axis=(1, 2, 3), keepdims=True)  # Imagen, section 2.3
+    expected = np.clip(x0, -size, size) / size * bound
+    got = dynamically_clipped(plain, process, bound=bound)(z_t, t, None)[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_limit_cuts_off_what_is_beyond_its_bound_and_nothing_else():
+    process = make_process(ProcessConfig())
+    z_t, t = 2 * jax.random.normal(key_for(0, "z_t"), (2, 4, 4, 2)), jnp.array([10, 900])
+    plain = predictor(process, "x0", lambda z_t, t, cond: z_t)
+    got = clipped(plain, process, 0.9)(z_t, t, None)[0]
+    np.testing.assert_array_equal(got, np.clip(z_t, np.float32(-0.9), np.float32(0.9)))

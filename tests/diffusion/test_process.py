@@ -11,16 +11,8 @@ from ldm_jax.diffusion.process import (
     TABLES,
     ProcessConfig,
     at_network,
-    coefficients,
     corrupt,
-    eps_from_z0,
-    host_coefficients,
     make_process,
-    native_time,
-    rates,
-    time_of_ratio,
-    unit_time,
-    z0_from_eps,
 )
 from ldm_jax.errors import InputError
 from ldm_jax.keys import key_for
@@ -56,6 +48,14 @@ def test_schedule_has_the_published_values(kind, start, end, first, middle, last
     assert np.log(alpha_bar[999] / (1 - alpha_bar[999])) == pytest.approx(log_snr, abs=0.03)
 
 
+def test_cosine_schedule_is_the_published_one():
+    u = np.arange(1, 1000) / 1000
+    f = np.cos((np.append(0, u) + 0.008) / 1.008 * np.pi / 2) ** 2  # IDDPM eq. 17
+    alpha_bar = make_process(ProcessConfig("cosine")).alpha_bar
+    np.testing.assert_allclose(alpha_bar[:-1], f[1:] / f[0], rtol=1e-9)
+    assert alpha_bar[-1] / alpha_bar[-2] == pytest.approx(1 - 0.999, rel=1e-9)
+
+
 def test_schedule_is_the_product_of_kept_variances():
     schedule = make_process(ProcessConfig("ldm_linear", 3, 0.01, 0.09))
     np.testing.assert_allclose(schedule.alpha_bar, [0.99, 0.99 * 0.96, 0.99 * 0.96 * 0.91])
@@ -72,7 +72,8 @@ def test_schedule_is_the_product_of_kept_variances():
         ({"beta_end": 1.0}, "1.0"),
         ({"beta_end": float("nan")}, "nan"),
         ({"kind": "flow", "zero_terminal_snr": True}, "zero_terminal_snr.*'flow'"),
-        ({"sigma_data": 0.0}, "sigma_data 0.0"),
+        ({"sigma_data": 0.0}, "sigma_data 0.0 must be above 0; whitened"),
+        ({"sigma_data": float("inf")}, "sigma_data inf must be above 0 and finite"),
         ({"sigma_min": 90.0}, "sigma_min 90.0"),
     ],
 )
@@ -88,15 +89,10 @@ def draw(dtype):
     return z0, noise, t
 
 
-@pytest.mark.parametrize("kind", TABLES)
-def test_conversions_invert_corrupt_in_f64(kind):
-    schedule = make_process(ProcessConfig(kind))
+def test_corrupt_keeps_f64():
     with jax.enable_x64(True):
         z0, noise, t = draw(jnp.float64)
-        z_t = corrupt(schedule, z0, noise, t)
-        assert z_t.dtype == jnp.float64
-        np.testing.assert_allclose(z0_from_eps(schedule, z_t, noise, t), z0, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(eps_from_z0(schedule, z_t, z0, t), noise, rtol=0, atol=1e-12)
+        assert corrupt(make_process(ProcessConfig()), z0, noise, t).dtype == jnp.float64
 
 
 def test_corrupt_scales_each_example_by_its_own_timestep():
@@ -129,28 +125,28 @@ def test_zero_terminal_snr_ends_on_noise_and_keeps_its_start(kind):
     np.testing.assert_allclose(slopes, slopes[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize("kind", [*PATHS, "edm"])
 def test_path_goes_from_data_to_noise_at_its_rates(kind):
     process = make_process(ProcessConfig(kind))
     t = np.linspace(0, 1, 9)
-    alpha, sigma = host_coefficients(process, t)
+    alpha, sigma = process.host_coefficients(t)
     assert (alpha[0], sigma[0]) == (1, 0)
     assert process.ends_on_noise == (kind != "edm")
     if process.ends_on_noise:
         assert (alpha[-1], sigma[-1]) == (0, 1)
     with jax.enable_x64(True):
-        traced = coefficients(process, jnp.asarray(t))
+        traced = process.coefficients(jnp.asarray(t))
         np.testing.assert_allclose(traced, (alpha, sigma), rtol=0, atol=1e-15)
-        one = jax.jvp(lambda t: coefficients(process, t), [jnp.asarray(t)], [jnp.ones(9)])[1]
-        np.testing.assert_allclose(rates(process, jnp.asarray(t)), one, rtol=0, atol=1e-14)
-    np.testing.assert_allclose(time_of_ratio(process, sigma[:-1] / alpha[:-1]), t[:-1], atol=1e-15)
+        one = jax.jvp(process.coefficients, [jnp.asarray(t)], [jnp.ones(9)])[1]
+        np.testing.assert_allclose(process.rates(jnp.asarray(t)), one, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(process.time_of_ratio(sigma[:-1] / alpha[:-1]), t[:-1], atol=1e-15)
 
 
 @pytest.mark.parametrize("kind", ["cosine", "ldm_linear", "flow_cosine"])
 def test_variance_is_preserved(kind):
     process = make_process(ProcessConfig(kind))
     t = jnp.arange(1000) if process.discrete else jnp.linspace(0, 1, 1000)
-    alpha, sigma = coefficients(process, t)
+    alpha, sigma = process.coefficients(t)
     np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=0, atol=3e-7)
 
 
@@ -159,20 +155,25 @@ def test_fractional_timestep_lies_between_and_a_whole_one_is_the_table(kind):
     process = make_process(ProcessConfig(kind))
     whole = jnp.array([0, 1, 500, 998])
     for ours, table in zip(
-        coefficients(process, whole.astype(float)), coefficients(process, whole), strict=True
+        process.coefficients(whole.astype(float)), process.coefficients(whole), strict=True
     ):
         np.testing.assert_allclose(ours, table, rtol=2e-5)
-    alpha, sigma = coefficients(process, jnp.array([500.5]))
+    alpha, sigma = process.coefficients(jnp.array([500.5]))
     ratio = (process.sigma / process.alpha)[[500, 501]]
     assert float(sigma[0] / alpha[0]) == pytest.approx(np.sqrt(ratio.prod()), rel=1e-5)
-    np.testing.assert_allclose(time_of_ratio(process, ratio), [500, 501], rtol=1e-9)
+    np.testing.assert_allclose(process.time_of_ratio(ratio), [500, 501], rtol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_network_is_given_a_time_and_an_input_of_its_range(kind):
     process = make_process(ProcessConfig(kind, sigma_data=0.5))
     seen = []
-    denoiser = at_network(process, lambda z_t, t, cond: seen.append((z_t, t)) or z_t)
+
+    def network(z_t, t, cond):
+        seen.append((z_t, t))
+        return z_t
+
+    denoiser = at_network(process, network)
     t = jnp.array([3, 900]) if process.discrete else jnp.array([0.25, 0.75])
     z_t = jnp.ones((2, 1, 1, 1))
     denoiser(z_t, t, None)
@@ -188,6 +189,14 @@ def test_network_is_given_a_time_and_an_input_of_its_range(kind):
 def test_native_time_is_the_inverse_of_the_unit_time(kind):
     process = make_process(ProcessConfig(kind))
     u = [0.0, 0.123, 0.5, 1.0]
-    native = np.array([native_time(process, each) for each in u])
-    np.testing.assert_allclose(unit_time(process, jnp.asarray(native)), u, atol=1e-6)
+    native = np.array([process.native_time(each) for each in u])
+    np.testing.assert_allclose(process.unit_time(jnp.asarray(native)), u, atol=1e-6)
     assert np.all(np.diff(native) > 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("ldm_linear", 0, 999), ("flow", 0, 1), ("edm", 0.002, 80)]
+)
+def test_training_sees_both_ends_and_nothing_beyond(kind, low, high):
+    times = make_process(ProcessConfig(kind)).training_time(jnp.array([0.0, 1.0]))
+    np.testing.assert_allclose(times, [low, high], rtol=1e-5)

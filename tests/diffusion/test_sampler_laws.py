@@ -46,19 +46,22 @@ def sampler(name, num_steps=4, watch=None):
         watch.append(x0)
         return x0, eps
 
-    told = predict if watch is None else watched
-    return lambda noise, keys, **asked: SAMPLERS[name](
-        told, grid, grid.start(noise), None, keys, **fixed, **asked
-    )
+    denoise = predict if watch is None else watched
+
+    def run(noise, keys, **options):
+        start = grid.start(noise)
+        return SAMPLERS[name](denoise, grid, start, None, keys, **fixed, **options)
+
+    return run
 
 
-def exact(name, watch=None, **asked):
+def exact(name, watch=None, **options):
     """What it makes of Z_T, operation by operation: programs that differ in an option round alike.
 
     Compiled as one, XLA fuses them in different ways.
     """
     with jax.disable_jit():
-        return jax.tree.map(np.asarray, sampler(name, watch=watch)(Z_T, keys_of([0, 1]), **asked))
+        return jax.tree.map(np.asarray, sampler(name, watch=watch)(Z_T, keys_of([0, 1]), **options))
 
 
 plain = functools.cache(exact)
@@ -115,7 +118,10 @@ def test_frames_are_predictions_and_change_no_sample(name):
 def test_temperature_scales_the_noise_and_one_is_neutral(name):
     np.testing.assert_array_equal(exact(name, temperature=1.0), plain(name))
     run = jax.jit(sampler(name))
-    at = lambda seeds, temperature: run(Z_T, keys_of(seeds), temperature=temperature)  # noqa: E731
+
+    def at(seeds, temperature):
+        return run(Z_T, keys_of(seeds), temperature=temperature)
+
     hot, cold, frozen = at([0, 1], 1.0), at([0, 1], 0.5), at([0, 1], 0.0)
     np.testing.assert_allclose(at([3, 4], 0.0), frozen, atol=1e-6)
     assert np.abs(hot - at([3, 4], 1.0)).max() > 1e-3 and np.abs(hot - cold).max() > 1e-3

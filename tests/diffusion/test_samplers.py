@@ -7,15 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.grid import make_grid, uniform_grid
+from ldm_jax.diffusion.grid import Grid, make_grid, uniform_grid
 from ldm_jax.diffusion.parameterisation import predictor
-from ldm_jax.diffusion.process import (
-    ProcessConfig,
-    coefficients,
-    corrupt,
-    make_process,
-    rows,
-)
+from ldm_jax.diffusion.process import ProcessConfig, corrupt, make_process, rows
 from ldm_jax.diffusion.samplers import SAMPLERS, ddim, ddpm
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for, normal_like
@@ -58,10 +52,76 @@ def reference(z, num_steps, eta, noises):
     for k in reversed(range(num_steps)):
         a_t = a[times[k]]
         a_s = a[times[k - 1]] if k else (1.0 if num_steps == 1000 else a[0])
-        eps = 0.6 * np.tanh(z) + 0.4 * np.sin(times[k] / 150)
+        eps = nonlinear_eps(z, times[k])
         z0 = (z - np.sqrt(1 - a_t) * eps) / np.sqrt(a_t)
         s = eta * np.sqrt((1 - a_s) / (1 - a_t)) * np.sqrt(1 - a_t / a_s)
         z = np.sqrt(a_s) * z0 + np.sqrt(1 - a_s - s**2) * eps + s * noises[num_steps - 1 - k]
+    return z
+
+
+def nonlinear_eps(z, t):
+    """`nonlinear` of one time on the host."""
+    return 0.6 * np.tanh(z) + 0.4 * np.sin(t / 150)
+
+
+def dpmpp_2m_reference(z, grid):
+    """DPM-Solver++'s algorithm 2 in f64; the last of fewer than 15 steps is DDIM's."""
+    z, x0, lam = np.asarray(z, np.float64), [], np.log(grid.alpha / grid.sigma)
+    for i in range(grid.num_steps):
+        alpha, sigma = grid.alpha[i], grid.sigma[i]
+        x0.append((z - sigma * nonlinear_eps(z, grid.times[i])) / alpha)
+        h, d = lam[i + 1] - lam[i], x0[-1]
+        if i and not (i == grid.num_steps - 1 and grid.num_steps < 15):
+            r = (lam[i] - lam[i - 1]) / h
+            d = (1 + 1 / (2 * r)) * x0[-1] - 1 / (2 * r) * x0[-2]
+        z = grid.sigma[i + 1] / sigma * z - grid.alpha[i + 1] * (np.exp(-h) - 1) * d
+    return z
+
+
+def plms_reference(z, grid):
+    """PLMS in f64, from PNDM eq. 12 and LDM's first step, a pseudo improved Euler one."""
+
+    def eps(z, i):
+        return nonlinear_eps(z, grid.times[i])
+
+    def onward(z, eps, i):
+        x0 = (z - grid.sigma[i] * eps) / grid.alpha[i]
+        return grid.alpha[i + 1] * x0 + grid.sigma[i + 1] * eps
+
+    z, past = np.asarray(z, np.float64), []
+    for i in range(grid.num_steps):
+        past.append(eps(z, i))
+        if i == 0:
+            slope = past[0]
+            if grid.num_steps > 1:
+                slope = (past[0] + eps(onward(z, past[0], 0), 1)) / 2
+        elif i == 1:
+            slope = (3 * past[-1] - past[-2]) / 2
+        elif i == 2:
+            slope = (23 * past[-1] - 16 * past[-2] + 5 * past[-3]) / 12
+        else:
+            slope = (55 * past[-1] - 59 * past[-2] + 37 * past[-3] - 9 * past[-4]) / 24
+        z = onward(z, slope, i)
+    return z
+
+
+def edm_reference(z, grid, noises, churn):
+    """EDM's algorithm 2 in f64, with its S_tmin, S_tmax and S_noise for ImageNet (table 5)."""
+
+    def slope(z, sigma):
+        v = nonlinear_eps(z, sigma)
+        x0 = (z - sigma * v) / (1 + sigma**2)  # v = eps - sigma x0 and z = x0 + sigma eps
+        return (z - x0) / sigma
+
+    z = np.asarray(z, np.float64)
+    for i, noise in enumerate(noises):
+        low, high = grid.times[i + 1], grid.times[i]
+        gamma = min(churn / len(noises), np.sqrt(2) - 1) if 0.05 <= high <= 50 else 0.0
+        raised = high * (1 + gamma)
+        z = z + np.sqrt(raised**2 - high**2) * 1.003 * noise
+        d = slope(z, raised)
+        euler = z + (low - raised) * d
+        z = z + (low - raised) * (d + slope(euler, low)) / 2 if low else euler
     return z
 
 
@@ -85,6 +145,54 @@ def test_ddim_equals_an_f64_reference_step_by_step(num_steps, eta):
     z0 = draw(ddim, nonlinear, Z_T, None, keys, num_steps=num_steps, eta=eta)
     expected = reference(Z_T, num_steps, eta, step_noises(keys, num_steps))
     np.testing.assert_allclose(z0, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 7])
+def test_plms_equals_an_f64_reference_step_by_step(num_steps):
+    z0 = draw(SAMPLERS["plms"], nonlinear, Z_T, None, keys_of([0, 1, 2]), num_steps=num_steps)
+    expected = plms_reference(Z_T, make_grid(PROCESS, num_steps))
+    np.testing.assert_allclose(z0, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 14, 15])
+def test_dpmpp_2m_equals_an_f64_reference_step_by_step(num_steps):
+    z0 = draw(SAMPLERS["dpmpp_2m"], nonlinear, Z_T, None, keys_of([0, 1, 2]), num_steps=num_steps)
+    expected = dpmpp_2m_reference(Z_T, make_grid(PROCESS, num_steps))
+    np.testing.assert_allclose(z0, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unipc_has_order_one_where_its_differences_would_begin_at_pure_noise():
+    """UniPC with B(h) = e^h - 1: data prediction's DDIM step, corrected by half of both ends."""
+    times = np.array([1.0, 0.75, 0.5, 0.25])  # on data itself the last correction is not used
+    grid = Grid(FLOW, times, *FLOW.host_coefficients(times))
+    predict = predictor(FLOW, "x0", nonlinear)
+    got = SAMPLERS["unipc"](predict, grid, Z_T, None, keys_of([0, 1, 2]), order=2)
+    z, past = np.asarray(Z_T, np.float64), None
+    start = z
+    for i in range(3):
+        x0 = nonlinear_eps(z, grid.times[i])
+        if i:
+            stretch = grid.sigma[i] / grid.sigma[i - 1]
+            kept = stretch * grid.alpha[i - 1] / grid.alpha[i]  # e^-h
+            z = stretch * start + grid.alpha[i] * (1 - kept) * (x0 + past) / 2
+        start, past = z, x0
+        stretch = grid.sigma[i + 1] / grid.sigma[i]
+        kept = stretch * grid.alpha[i] / grid.alpha[i + 1]
+        z = stretch * start + grid.alpha[i + 1] * (1 - kept) * x0
+    np.testing.assert_allclose(got, z, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("churn", [2.0, 40.0])
+def test_edm_is_the_published_algorithm_step_by_step(churn):
+    keys, grid = keys_of([0, 1, 2]), make_grid(EDM, 8)
+    # The two ends lie outside of S_tmin..S_tmax.
+    assert grid.times[0] > 50 and grid.times[-2] < 0.05
+    z0 = draw(SAMPLERS["edm"], nonlinear, Z_T, None, keys, num_steps=8, churn=churn)
+    z_T = 80 * np.float64(Z_T)
+    expected = edm_reference(z_T, grid, step_noises(keys, 8), churn)
+    np.testing.assert_allclose(z0, expected, rtol=1e-3, atol=1e-3)
+    default = draw(SAMPLERS["edm"], nonlinear, Z_T, None, keys, num_steps=8)
+    assert np.array_equal(default, z0) == (churn == 40)
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 50, 1000])
@@ -147,7 +255,7 @@ def test_state_is_f32_when_the_denoiser_answers_in_bf16(sampler):
 
 def oracle_of(process, z0):
     def predict(z_t, t, cond):
-        alpha, sigma = (rows(c, z_t) for c in coefficients(process, t))
+        alpha, sigma = (rows(c, z_t) for c in process.coefficients(t))
         return z0, (z_t - alpha * z0) / sigma
 
     return predict

@@ -37,16 +37,21 @@ def test_denoiser_without_neighbours_is_unchanged(height, width):
 def test_one_tile_is_the_denoiser_itself():
     """Also for one that mixes pixels."""
     z_t = jax.random.normal(key_for(0, "z_t"), (2, 6, 6, 3))
-    mixing = lambda z_t, t, cond: jnp.cumsum(z_t, axis=1)  # noqa: E731
+
+    def mixing(z_t, t, cond):
+        return jnp.cumsum(z_t, axis=1)
+
     np.testing.assert_allclose(tiled(mixing, 6, 3)(z_t, T, None), mixing(z_t, T, None), atol=1e-5)
 
 
 def test_overlap_passes_smoothly_from_tile_to_tile():
-    position = lambda z_t, t, cond: jnp.ones_like(z_t) * z_t[:, :1, :1]  # noqa: E731
+    def position(z_t, t, cond):
+        return jnp.ones_like(z_t) * z_t[:, :1, :1]
+
     z_t = jnp.tile(jnp.linspace(0, 1, 24).reshape(1, 24, 1, 1), (1, 1, 24, 1))
-    said = tiled(position, 8, 4)(z_t, T[:1], None)[0, :, 12, 0]
-    steps = np.diff(said)
-    assert np.all(steps >= -1e-6) and steps.max() < 0.6 * (said[-1] - said[0])
+    blended = tiled(position, 8, 4)(z_t, T[:1], None)[0, :, 12, 0]
+    steps = np.diff(blended)
+    assert np.all(steps >= -1e-6) and steps.max() < 0.6 * (blended[-1] - blended[0])
 
 
 @pytest.mark.parametrize(("tile", "overlap", "words"), [(4, 4, "overlap 4"), (8, 2, "tile 8 is")])

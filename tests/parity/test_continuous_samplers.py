@@ -4,7 +4,7 @@ Differences that stay, each with its reason:
 
 - Its Euler schedulers ask the network before the noise of a churned step is added, at the level
   below; EDM's algorithm 2, and ours, at the raised level of what is then there. They are handed
-  what the network says there. Its HeunDiscrete has no churn: it is given the raised levels.
+  what the network predicts there. Its HeunDiscrete has no churn: it gets the raised levels.
 - Its DPMSolverMultistep and UniPC begin the straight path a little below t = 1, whose lambda is
   infinite; ours begin at 1 with a step of order 1 and have no counterpart there.
 - Its stochastic FlowMatchEuler draws x_t anew from x0 with all its noise: none of ours does.
@@ -53,7 +53,10 @@ def test_flow_heun_trajectory_is_the_reference(num_steps, spacing):
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
     scheduler.set_timesteps(num_steps)
     grid = make_grid(FLOW, num_steps, spacing)
-    twice = lambda x: torch.from_numpy(np.r_[x[:1], np.repeat(x[1:-1], 2), x[-1:]])  # noqa: E731
+
+    def twice(x):
+        return torch.from_numpy(np.r_[x[:1], np.repeat(x[1:-1], 2), x[-1:]])
+
     scheduler.sigmas, scheduler.timesteps = twice(grid.sigma), 1000 * twice(grid.times)[:-1]
     theirs = their_trajectory(scheduler, np.ones(1), plain_step(scheduler), repeats=2)
     compare(our_trajectory("heun", grid, "velocity", calls=2), theirs)
@@ -93,7 +96,7 @@ CHURNS = {
 
 @functools.cache
 def our_churned(churn, num_steps, spacing):
-    """What the network is asked about, twice a step and once in the last, and z0."""
+    """The inputs of the network, twice a step and once in the last, and z0."""
     names = ("churn", "churn_from", "churn_to", "inflation")
     options = dict(zip(names, CHURNS[churn], strict=True))
     return our_trajectory("edm", make_grid(EDM, num_steps, spacing), "preconditioned", **options)
@@ -129,20 +132,20 @@ def test_churned_trajectory_is_the_reference(monkeypatch, kind, churn, num_steps
     heun.sigmas = torch.stack([raised, sigma[1:]], dim=1).flatten()
 
     def data(z, level):
-        told = network(torch, z * (level**2 + 0.25) ** -0.5, level.log().float() / 4)
-        return edm.precondition_outputs(z, told, level).float()
+        raw = network(torch, z * (level**2 + 0.25) ** -0.5, level.log().float() / 4)
+        return edm.precondition_outputs(z, raw, level).float()
 
     z, states = torch.from_numpy(NOISE) * sigma[0].float(), []
     churned_step = noisy_step(monkeypatch, euler, num_steps)
     for i in range(num_steps):
         up = inflation * (raised[i] ** 2 - sigma[i] ** 2) ** 0.5
         z_hat = z + up.float() * noises[i]
-        said, t = data(z_hat, raised[i]), torch.tensor(float(i))
+        output, t = data(z_hat, raised[i]), torch.tensor(float(i))
         options = dict(s_churn=amount, s_tmin=low, s_tmax=high, s_noise=inflation)
         if euler is edm:
-            options["pred_original_sample"] = said
-        ahead = churned_step(said, t, z, i, **options).float()
-        assert reference.error(heun.step(said, t, z_hat).prev_sample, ahead) < 1e-5
+            options["pred_original_sample"] = output
+        ahead = churned_step(output, t, z, i, **options).float()
+        assert reference.error(heun.step(output, t, z_hat).prev_sample, ahead) < 1e-5
         states += [z_hat, ahead]
         if sigma[i + 1] > 0:
             z = heun.step(data(ahead, sigma[i + 1]), t, ahead).prev_sample.float()

@@ -1,11 +1,11 @@
 """Whole trajectories of the samplers of timesteps against diffusers' schedulers, at the same noise.
 
-Both walk the same grid: the reference is given our times and sigmas in f64 (its own are f32), and
+Both walk the same grid: the reference takes our times and sigmas in f64 (its own are f32), and
 test_grids.py compares the grids themselves. Differences that stay, each with its reason:
 
 - Its DDIM and PNDM step by T // S whatever comes next, so linspace is compared for the others.
-- Its PNDM extrapolates what the network says, which for v is another thing than its noise; ours
-  extrapolates the noise (PNDM, eq. 12). It is handed the noise that v says, and knows no x0.
+- Its PNDM extrapolates what the network predicts, which for v is another thing than its noise; ours
+  extrapolates the noise (PNDM, eq. 12). It is handed the noise that v implies, and knows no x0.
 - Its EulerAncestral knows no x0 either.
 - Its Heun always ends on data, so a leading grid, which ends at alpha_bar_0, has no counterpart.
 - Its DDPM with learned variances draws noise in a step onto data itself, of a variance between beta
@@ -54,9 +54,9 @@ def test_ddim_trajectory_is_the_reference(spacing, prediction, num_steps, eta):
     assert scheduler.timesteps.tolist() == grid.times[:-1].tolist()
     noises = step_noises(num_steps)
 
-    def step(said, t, z, index):
+    def step(output, t, z, index):
         noise = noises[index] if eta else None
-        return scheduler.step(said, t, z, eta=eta, variance_noise=noise).prev_sample
+        return scheduler.step(output, t, z, eta=eta, variance_noise=noise).prev_sample
 
     ours = our_trajectory("ddim", grid, prediction, eta=eta)
     compare(ours, their_trajectory(scheduler, scale, step))
@@ -99,8 +99,8 @@ def test_ddpm_trajectory_of_learned_variances_is_the_reference(monkeypatch, num_
     first, last = lambda x: x.movedim(-1, 1), lambda x: x.movedim(1, -1)
     plain = noisy_step(monkeypatch, scheduler, num_steps, first)
 
-    def step(said, t, z, index):
-        both = torch.cat([first(said), first(variance(torch, z))], dim=1)
+    def step(output, t, z, index):
+        both = torch.cat([first(output), first(variance(torch, z))], dim=1)
         return last(plain(both, t, first(z), index))
 
     ours = our_trajectory("ddpm", grid, learned=lambda z: variance(jnp, z))
@@ -123,11 +123,11 @@ def test_plms_trajectory_is_the_reference(num_steps, spacing, prediction):
     grid = make_grid(PROCESS, num_steps, spacing)
     scheduler, scale = variance_preserving(scheduler, grid)
 
-    def step(said, t, z, index):
+    def step(output, t, z, index):
         alpha_bar = scheduler.alphas_cumprod[t]
         if prediction == "v":
-            said = alpha_bar**0.5 * said + (1 - alpha_bar) ** 0.5 * z
-        return scheduler.step(said, t, z).prev_sample
+            output = alpha_bar**0.5 * output + (1 - alpha_bar) ** 0.5 * z
+        return scheduler.step(output, t, z).prev_sample
 
     theirs = their_trajectory(scheduler, scale, step)
     compare(our_trajectory("plms", grid, prediction), theirs)
@@ -190,8 +190,8 @@ def test_dpmpp_trajectory_is_the_reference(name, num_steps, spacing, prediction)
     scheduler, scale = variance_preserving(scheduler, grid)
     noises = step_noises(num_steps)
 
-    def step(said, t, z, index):
-        return scheduler.step(said, t, z, variance_noise=noises[index]).prev_sample
+    def step(output, t, z, index):
+        return scheduler.step(output, t, z, variance_noise=noises[index]).prev_sample
 
     compare(our_trajectory(name, grid, prediction), their_trajectory(scheduler, scale, step))
 

@@ -28,15 +28,15 @@ def network(xp, z_t, t):
 def our_trajectory(name, grid, prediction="eps", calls=1, learned=None, **options):
     """The states [S + 1, B, H, W, C] of a sampler that calls its denoiser `calls` times a step.
 
-    `learned` makes of z_t the variance that the denoiser says beside its prediction.
+    `learned` makes of z_t the variance that the denoiser predicts beside its prediction.
     """
     states, process = [], grid.process
+    denoiser = at_network(process, lambda z, t, cond: network(jnp, z, t.astype(jnp.float32)[0]))
 
     def watched(z_t, t, cond):
         jax.debug.callback(lambda z: states.append(np.asarray(z)), z_t, ordered=True)
-        told = lambda z_t, t, cond: network(jnp, z_t, t.astype(jnp.float32)[0])  # noqa: E731
-        said = at_network(process, told)(z_t, t, cond)
-        return jnp.concatenate([said, learned(z_t)], axis=-1) if learned else said
+        output = denoiser(z_t, t, cond)
+        return jnp.concatenate([output, learned(z_t)], axis=-1) if learned else output
 
     predict = predictor(process, prediction, watched)
     sampler = SAMPLERS[name]
@@ -81,8 +81,10 @@ def their_trajectory(scheduler, scale, step, repeats=1):
     z = torch.from_numpy(NOISE) * float(scale[0])
     states = [z]
     for index, t in enumerate(scheduler.timesteps):
-        told = scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
-        z = step(network(torch, told, t.float()), t, z, index)
+        scaled_input = (
+            scheduler.scale_model_input(z, t) if hasattr(scheduler, "scale_model_input") else z
+        )
+        z = step(network(torch, scaled_input, t.float()), t, z, index)
         states.append(z)
     states = states if repeats == 1 else [*states[:-1][::2], states[-1]]
     return np.stack([s.numpy() for s in states])
@@ -98,15 +100,15 @@ def compare(ours, theirs, scale=None):
 
 
 def plain_step(scheduler):
-    return lambda said, t, z, index: scheduler.step(said, t, z).prev_sample
+    return lambda output, t, z, index: scheduler.step(output, t, z).prev_sample
 
 
 def noisy_step(monkeypatch, scheduler, num_steps, arranged=lambda noise: noise):
     """A step of a scheduler that draws by itself, made to draw our noise."""
     module, noises = importlib.import_module(type(scheduler).__module__), step_noises(num_steps)
 
-    def step(said, t, z, index, **options):
+    def step(output, t, z, index, **options):
         monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: arranged(noises[index]))
-        return scheduler.step(said, t, z, **options).prev_sample
+        return scheduler.step(output, t, z, **options).prev_sample
 
     return step

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion.objective import Objective, denoising_loss
-from ldm_jax.diffusion.process import ProcessConfig, make_process, unit_time
+from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.keys import key_for
 from ldm_jax.models import latents
@@ -25,11 +25,13 @@ def losses(params, t):
     """Of a denoiser that says w z_t."""
     u = None
     if "uncertainty" in params:
-        u = lambda t: uncertainty.apply(params["uncertainty"], unit_time(FLOW, t))  # noqa: E731
+        u = lambda t: uncertainty.apply(params["uncertainty"], FLOW.unit_time(t))  # noqa: E731
     says = lambda z_t, t, cond: params["w"] * z_t  # noqa: E731
     aim = Objective("velocity")
     same = jnp.broadcast_to(Z0[:1], Z0.shape), jnp.broadcast_to(NOISE[:1], NOISE.shape)
-    return denoising_loss(says, FLOW, same[0], None, t, same[1], "l2", aim, u)
+    return denoising_loss(
+        says, FLOW, aim, z0=same[0], noise=same[1], t=t, cond=None, uncertainty=u
+    ).loss
 
 
 def built(mesh, width=64):

@@ -1,12 +1,13 @@
 """Heun's method, plain and with EDM's churn: two evaluations a step, one for a last onto data."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ldm_jax.diffusion.grid import Grid
 from ldm_jax.diffusion.parameterisation import Predict
+from ldm_jax.diffusion.process import SigmaProcess
 from ldm_jax.diffusion.samplers import loop
 from ldm_jax.errors import InputError
 
@@ -18,8 +19,8 @@ def heun(
 
     Of dz = x0 d alpha + eps d sigma; for a discrete process of z / alpha, whose data is unscaled.
     """
-    starts = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
-    return _walk(predict, grid, starts, np.zeros(grid.num_steps), z_T, cond, keys, 1.0, **options)
+    starts = _Starts(grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1], np.zeros(grid.num_steps))
+    return _walk(predict, grid, starts, z_T, cond, keys, **options)
 
 
 def edm(
@@ -42,33 +43,42 @@ def edm(
     min(churn / S, sqrt(2) - 1), its standard deviation times `inflation` (S_noise). Raises
     InputError for a process other than `edm`, whose times alone are sigmas.
     """
-    if grid.process.config.kind != "edm":
+    if not isinstance(grid.process, SigmaProcess):
         raise InputError(
             f"sampler 'edm' is for process kind 'edm', not {grid.process.config.kind!r}; use 'heun'"
         )
     if churn < 0:
         raise InputError(f"churn {churn} must not be negative; 0 = none")
     sigma = grid.sigma[:-1]
-    within = (churn_from <= sigma) & (sigma <= churn_to)
-    raised = sigma * (1 + np.where(within, min(churn / grid.num_steps, 2**0.5 - 1), 0))
+    churned = (churn_from <= sigma) & (sigma <= churn_to)
+    raised = sigma * (1 + np.where(churned, min(churn / grid.num_steps, 2**0.5 - 1), 0))
     of_noise = inflation * np.sqrt(raised**2 - sigma**2)
-    starts = (raised, grid.alpha[:-1], raised)
-    return _walk(predict, grid, starts, of_noise, z_T, cond, keys, temperature, **options)
+    starts = _Starts(raised, grid.alpha[:-1], raised, of_noise)
+    return _walk(predict, grid, starts, z_T, cond, keys, temperature=temperature, **options)
+
+
+class _Starts(NamedTuple):
+    """Where each step begins, all [S] f64: the grid's places, or above them by noise."""
+
+    t: np.ndarray
+    alpha: np.ndarray
+    sigma: np.ndarray
+    of_noise: np.ndarray
 
 
 def _walk(
     predict: Predict,
     grid: Grid,
-    starts: tuple[np.ndarray, np.ndarray, np.ndarray],
-    of_noise: np.ndarray,
+    starts: _Starts,
     z_T: jax.Array,
     cond: Any,
     keys: jax.Array,
-    temperature: float | jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
     **options: Any,
 ) -> Any:
-    """Heun's steps from `starts` (t, alpha, sigma), which of_noise [S] leads to from the grid's."""
-    t, alpha, sigma = starts
+    """Heun's steps from `starts` to the grid's next times."""
+    t, alpha, sigma, of_noise = starts
     scale, scale_to = grid.scale[:-1], grid.scale[1:]
     coefficients = {
         "t": t,

@@ -30,6 +30,7 @@ def walk(
     z_T: jax.Array,
     cond: Any,
     keys: jax.Array,
+    *,
     temperature: float | jax.Array = 1.0,
     **options: Any,
 ) -> Any:
@@ -62,6 +63,7 @@ def walk(
 
 def plan(
     grid: Grid,
+    *,
     of_z: Any = 0.0,
     of_x0: Any = 0.0,
     of_eps: Any = 0.0,
@@ -72,7 +74,9 @@ def plan(
     columns = [np.asarray(c, np.float64) for c in (of_z, of_x0, of_eps, of_noise, of_v)]
     count = grid.num_steps
     depth = max([1, *(c.shape[1] for c in columns if c.ndim == 2)])
-    column = lambda c: np.broadcast_to(c, (count,))  # noqa: E731
+
+    def column(c: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(c, (count,))
 
     def table(c: np.ndarray) -> np.ndarray:
         if c.ndim == 2:

@@ -41,6 +41,7 @@ def scan(
     keys: jax.Array,
     memory: Any,
     coefficients: Any,
+    *,
     known: Known | None = None,
     every: int = 0,
 ) -> Any:
@@ -50,7 +51,10 @@ def scan(
     is before each iteration replaced by known z0 with fresh noise, and at the end by known z0.
     """
     state = as_state(z_T)
-    numbers = lambda c: jnp.asarray(c, c.dtype if c.dtype.kind in "ib" else state.dtype)  # noqa: E731
+
+    def numbers(c: np.ndarray) -> jax.Array:
+        return jnp.asarray(c, c.dtype if c.dtype.kind in "ib" else state.dtype)
+
     count = len(places[0])
     steps = Step(jnp.arange(count), *(numbers(np.asarray(p)) for p in places))
     frames = jnp.zeros((count // every if every else 0, *state.shape), state.dtype)

@@ -57,7 +57,7 @@ def dpmpp_2m_sde(
         of_x0=of_x0[:, None] * _extrapolation(grid),
         of_noise=grid.sigma[1:] * np.sqrt(-np.expm1(-2 * h)),
     )
-    return walk(predict, grid, steps, z_T, cond, keys, temperature, **options)
+    return walk(predict, grid, steps, z_T, cond, keys, temperature=temperature, **options)
 
 
 def _steps(grid: Grid) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 from ldm_jax.diffusion.grid import Grid
 from ldm_jax.diffusion.parameterisation import Predict
 from ldm_jax.diffusion.samplers.linear import plan, walk
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, within
 
 
 def ddim(
@@ -31,12 +31,11 @@ def ddim(
     `eta` 0 is deterministic and draws nothing, 1 has DDPM's posterior variance. `temperature`
     multiplies the noise of the steps. Raises InputError for eta outside [0, 1].
     """
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta {eta} must lie in [0, 1]; 0 = deterministic, 1 = DDPM's variance")
+    within("eta", eta, "[0, 1]", "0 = deterministic, 1 = DDPM's variance")
     variance = eta**2 * posterior_variance(grid)
     direction = np.sqrt(np.maximum(grid.sigma[1:] ** 2 - variance, 0))
     steps = plan(grid, of_x0=grid.alpha[1:], of_eps=direction, of_noise=np.sqrt(variance))
-    return walk(predict, grid, steps, z_T, cond, keys, temperature, **options)
+    return walk(predict, grid, steps, z_T, cond, keys, temperature=temperature, **options)
 
 
 def ddpm(
@@ -66,7 +65,7 @@ def ddpm(
         of_noise=np.sqrt(posterior_variance(grid)),
         of_v=wider,
     )
-    return walk(predict, grid, steps, z_T, cond, keys, temperature, **options)
+    return walk(predict, grid, steps, z_T, cond, keys, temperature=temperature, **options)
 
 
 def euler(
@@ -127,7 +126,7 @@ def sde_flow(
         of_eps=np.diff(grid.sigma) + dt,
         of_noise=of_noise,
     )
-    return walk(predict, grid, steps, z_T, cond, keys, temperature, **options)
+    return walk(predict, grid, steps, z_T, cond, keys, temperature=temperature, **options)
 
 
 def squared_ratio(grid: Grid) -> np.ndarray:

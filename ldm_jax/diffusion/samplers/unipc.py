@@ -38,7 +38,10 @@ def unipc(
         before, past = memory
         x0, *_ = predict(z_t, loop.at(at.t, z_t), cond)
         recent = jnp.concatenate([x0[None], past])
-        combine = lambda weights: sum(weights[k] * recent[k] for k in range(order + 1))  # noqa: E731
+
+        def combine(weights: jax.Array) -> Any:
+            return sum(weights[k] * recent[k] for k in range(order + 1))
+
         z_t = of["keep"] * z_t + of["of_before"] * before + combine(of["correct"])
         onward = of["of_z"] * z_t + combine(of["predict"])
         return onward, x0, (z_t, recent[:order])
