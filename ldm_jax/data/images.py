@@ -7,8 +7,9 @@ import numpy as np
 from ldm_jax.data import draws, pixels
 from ldm_jax.data.folder import folder
 from ldm_jax.data.photographs import photographs
-from ldm_jax.data.sources import Source, digest, digits, tfds
+from ldm_jax.data.sources import Source, digits, tfds
 from ldm_jax.errors import InputError
+from ldm_jax.files import digest_json
 
 SPLITS = ("train", "held_out")
 CROPS = ("center", "random")
@@ -122,11 +123,11 @@ class ImageSplit:
 
     def listing(self) -> str:
         """sha256 hex of which examples there are, in order; a mended file keeps it."""
-        return digest([self.source.listing or self.source.identity, self.source.num_examples])
+        return digest_json([self.source.listing or self.source.identity, self.source.num_examples])
 
     def fingerprint(self) -> str:
         """sha256 hex of what the split holds (names and sizes of files) and of the recipe."""
-        return digest([self.source.identity, self.source.num_examples, self.recipe])
+        return digest_json([self.source.identity, self.source.num_examples, self.recipe])
 
 
 def open_images(config: ImagesConfig, split: str, *, augment: bool, seed: int = 0) -> ImageSplit:

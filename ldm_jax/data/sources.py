@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +10,7 @@ from PIL import Image
 
 from ldm_jax.data import draws, pixels
 from ldm_jax.errors import InputError
+from ldm_jax.files import digest_json
 
 Example = tuple[Image.Image, int, str]  # RGB or grey image, label, caption ("" without captions)
 
@@ -33,11 +32,6 @@ class Source:
     load_at: Callable[[np.ndarray, np.ndarray], list[Example]] | None = None
 
 
-def digest(value: Any) -> str:
-    """sha256 hex of a value as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def digits(split: str, resolution: int, kernel: str, held_out_fraction: float) -> Source:
     """The 1,797 real handwritten 8x8 digits bundled with scikit-learn, enlarged and grey.
 
@@ -56,7 +50,7 @@ def digits(split: str, resolution: int, kernel: str, held_out_fraction: float) -
         num_examples=len(chosen),
         class_names=tuple("0123456789"),
         has_captions=False,
-        identity=digest(["digits", chosen.tolist()]),
+        identity=digest_json(["digits", chosen.tolist()]),
         load=lambda indices: [(images[i], int(labels[i]), "") for i in chosen[indices]],
     )
 
@@ -120,7 +114,7 @@ def tfds(name: str, data_dir: str, tfds_split: str) -> Source:
         num_examples=len(records),
         class_names=tuple(names),
         has_captions=bool(caption_key),
-        identity=digest(["tfds", builder.info.full_name, tfds_split, len(records), shards]),
+        identity=digest_json(["tfds", builder.info.full_name, tfds_split, len(records), shards]),
         load=load,
     )
 

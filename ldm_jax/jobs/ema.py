@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import write_json
 from ldm_jax.models import autoencoder, denoiser
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
-from ldm_jax.runs.workdir import read_run, to_json, write_json
+from ldm_jax.runs.workdir import read_run, to_json
 from ldm_jax.sharding import MeshConfig, abstract_params, make_mesh
 from ldm_jax.train.checkpoint import save_params
 from ldm_jax.train.power_ema import coefficients, gamma_of

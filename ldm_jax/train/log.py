@@ -22,6 +22,8 @@ from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
+from ldm_jax.files import write_text
+
 
 class JsonlWriter:
     """One JSON object a line: {"step": n, name: value, ...}; floats keep every bit."""
@@ -159,9 +161,7 @@ def _truncate(path: Path, last_step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the torn last line of a killed run
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:
