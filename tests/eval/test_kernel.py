@@ -105,6 +105,12 @@ def test_cmmd_is_its_definition_and_ignores_lengths():
     assert cmmd(x, x) == pytest.approx(0, abs=1e-12)
 
 
+def test_two_images_of_either_set_are_enough_for_an_estimate():
+    x, y = features(2), features(2, seed=1)
+    mean, std = kid(x, y, subsets=3, subset_size=2)
+    assert mean == pytest.approx(by_loops(x, y), rel=1e-12) and std < 1e-12
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

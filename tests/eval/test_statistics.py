@@ -203,6 +203,37 @@ def begin(folder, how=tiny.PROTOCOL, **options):
     return accumulate.Accumulator(folder, how, **settings)
 
 
+def test_processes_go_on_from_the_last_position_that_all_have(tmp_path, monkeypatch):
+    """One was killed before another had saved: the sums before stay until all have the next."""
+    latest_of_other, waiting = [0], []
+
+    def wait(name):
+        if waiting:
+            raise KeyboardInterrupt
+
+    def gather(latest):
+        return np.array([latest, latest_of_other])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(accumulate, "_wait_for_all", wait)
+    monkeypatch.setattr(accumulate, "gather_exact", gather)
+    rng, state = np.random.default_rng(0), begin(tmp_path)
+    parts = [{t: rng.random((8, w), np.float32) for t, w in tiny.WIDTHS.items()} for _ in range(2)]
+    state.add(parts[0], 8)
+    state.save()
+    state.add(parts[1], 8)
+    waiting.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        state.save()
+    latest_of_other[0] = 8
+    state = begin(tmp_path)
+    assert state.position == state.filled == 8
+    np.testing.assert_array_equal(state.held["pool"][:8], parts[0]["pool"])
+    latest_of_other[0] = 4
+    with pytest.raises(InputError, match=r"lacks partial-00000-of-00002-0000000004\.npz"):
+        begin(tmp_path)
+
+
 def test_partial_statistics_of_another_protocol_are_refused(begun, unbroken):
     other = dataclasses.replace(tiny.PROTOCOL, sampling={"steps": 4, "seed": 0})
     for folder in (begun[0], unbroken[1]):
