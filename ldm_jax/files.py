@@ -1,19 +1,117 @@
-"""Arrays out of `.npz` files that others wrote: nothing is run, nothing is allocated on trust."""
+"""Files of ours, written whole or not at all, their digests, and `.npz` files that others wrote.
+
+Of another's `.npz` nothing is run and nothing is allocated on trust.
+"""
 
 import contextlib
 import dataclasses
 import hashlib
 import io
+import json
 import os
+import secrets
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from ldm_jax.errors import InputError
 
 HEADER_BYTES = 4096  # of a .npy header; NumPy writes 128 for plain arrays
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary path beside `path`, whose file takes its place once it is on disk.
+
+    Until then, and where the block fails, the old file stays whole. Folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Unique over the hosts of a shared disk, and opened by name: a file with the usual permissions.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """Fills `path` through `write(file)`, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("xb") as file:
+        write(file)
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Writes `content`, whole or not at all."""
+    write_atomically(path, lambda file: file.write(content))
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` as UTF-8, whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
+    """Writes `content` as JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays by name, whole or not at all."""
+    write_atomically(path, lambda file: np.savez(file, **arrays))
+
+
+def read_json(path: Path, remedy: str = "put back a copy, or delete it") -> Any:
+    """The content of a JSON file; InputError, with the remedy, where it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); {remedy}") from error
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Hex digest of a file; InputError where it cannot be read."""
+    with _errors(path, "cannot be read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest(content: str | bytes) -> str:
+    """sha256 hex of bytes, or of a text as UTF-8."""
+    return digest_of([content])
+
+
+def digest_of(parts: Iterable[str | bytes]) -> str:
+    """sha256 hex of parts one after the other, which need not all be in memory."""
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part.encode() if isinstance(part, str) else part)
+    return hashed.hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """sha256 hex of a value as JSON with sorted names."""
+    return digest(json.dumps(value, sort_keys=True))
+
+
+def digest_arrays(arrays: Mapping[str, np.ndarray], header: str = "") -> str:
+    """sha256 hex of a header and of names, types, shapes and values in the order of the names."""
+
+    def parts() -> Iterator[str | bytes]:
+        yield header
+        for name in sorted(arrays):
+            array = np.ascontiguousarray(arrays[name])
+            yield f"{name} {array.dtype.str} {array.shape}"
+            yield array.tobytes()
+
+    return digest_of(parts())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +121,6 @@ class Header:
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran: bool
-
-
-def sha256(path: str | os.PathLike) -> str:
-    """Hex digest of a file; InputError where it is missing."""
-    with _errors(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def headers(path: str | os.PathLike) -> dict[str, Header]:
@@ -103,7 +195,7 @@ def _header(file, member: zipfile.ZipInfo) -> Header:
 
 
 @contextlib.contextmanager
-def _errors(path):
+def _errors(path, what="is not a whole .npz file of plain arrays"):
     try:
         yield
     except InputError:
@@ -113,4 +205,4 @@ def _errors(path):
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; give a file") from None
     except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
-        raise InputError(f"{path} is not a whole .npz file of plain arrays: {error}") from error
+        raise InputError(f"{path} {what}: {error}") from error

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from ldm_jax.data.images import open_images
-from ldm_jax.eval import judge as image_judge
+from ldm_jax.eval import judge
 from ldm_jax.eval.extractors import EXTRACTORS
+from ldm_jax.eval.image_sets import ImageStream
+from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.jobs import evaluate
 from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, make_mesh
@@ -20,8 +22,8 @@ TAPS = {
     "inception": {"2048": 6, "spatial2023": 5, "logits_unbiased": 7},
     "vgg16": {"fc2_relu": 4},
 }
-RANDOM = image_judge.JudgeOptions(preset="custom", extractor="random-conv")
-ADM = image_judge.JudgeOptions()
+RANDOM = JudgeOptions(preset="custom", extractor="random-conv")
+ADM = JudgeOptions()
 
 
 def kernel(name):
@@ -48,9 +50,11 @@ def extractor(name, traces):
         ends = np.cumsum(list(TAPS[name].values()))[:-1]
         return dict(zip(TAPS[name], jnp.split(f, ends, -1), strict=True))
 
-    own = lambda: {"kernel": kernel(name)}  # noqa: E731
+    def init():
+        return {"kernel": kernel(name)}
+
     real = EXTRACTORS[name]
-    return dataclasses.replace(real, taps=TAPS[name], side=8, network=network, own_params=own)
+    return dataclasses.replace(real, taps=TAPS[name], side=8, network=network, init=init)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +63,15 @@ def judges():
 
     The names of those that are traced, in order.
     """
-    traces, read = [], image_judge.read_weights
-    published = lambda name, file: read(name, file)._replace(published=name != "random-conv")  # noqa: E731
+    traces, read = [], judge.read_weights
+
+    def read_as_published(name, file):
+        return read(name, file)._replace(published=name != "random-conv")
+
     with pytest.MonkeyPatch.context() as patch:
         for name in TAPS:
             patch.setitem(EXTRACTORS, name, extractor(name, traces))
-        patch.setattr(image_judge, "read_weights", published)
+        patch.setattr(judge, "read_weights", read_as_published)
         yield traces
 
 
@@ -76,10 +83,8 @@ def digits(count, split="train"):
 
 
 def images_of(pictures, name="pictures"):
-    read = lambda indices: pictures[indices]  # noqa: E731
-    return image_judge.ImageStream(
-        len(pictures), lambda rows: read, name, str(hash(pictures.tobytes()))
-    )
+    digest = str(hash(pictures.tobytes()))
+    return ImageStream(len(pictures), lambda rows: pictures.__getitem__, name, digest)
 
 
 def one_device():

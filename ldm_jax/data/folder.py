@@ -1,6 +1,5 @@
 """Images in a folder: a class per sub-folder, or a `metadata.jsonl` with captions."""
 
-import hashlib
 import json
 import os
 import posixpath
@@ -11,8 +10,9 @@ from PIL import Image
 
 from ldm_jax.data import pixels
 from ldm_jax.data.fields import CAPTION, LABEL
-from ldm_jax.data.sources import Example, Source, digest
+from ldm_jax.data.sources import Example, Source
 from ldm_jax.errors import InputError
+from ldm_jax.files import digest, digest_json
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HELD_OUT_NAMES = ("val", "validation", "test")
@@ -74,8 +74,10 @@ def folder(root: str, split: str, held_out_fraction: float) -> Source:
         num_examples=len(entries),
         class_names=names,
         fields=(LABEL, CAPTION) if any(e.caption for e in entries) else (LABEL,),
-        identity=digest(["folder", names, [list(e) for e in entries]]),
-        listing=digest(["folder", names, [[e.path, e.class_name, e.caption] for e in entries]]),
+        identity=digest_json(["folder", names, [list(e) for e in entries]]),
+        listing=digest_json(
+            ["folder", names, [[e.path, e.class_name, e.caption] for e in entries]]
+        ),
         load=load,
     )
 
@@ -222,5 +224,4 @@ def _class_names(entries: list[_Entry], where: str) -> tuple[str, ...]:
 
 
 def _is_held_out(path: str, fraction: float) -> bool:
-    word = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big")
-    return word < fraction * 2.0**64
+    return int(digest(path)[:16], 16) < fraction * 2.0**64

@@ -8,8 +8,9 @@ from ldm_jax.data import draws, fields, pixels
 from ldm_jax.data.fields import CAPTION, Field
 from ldm_jax.data.folder import folder
 from ldm_jax.data.photographs import photographs
-from ldm_jax.data.sources import Example, Source, digest, digits, tfds
+from ldm_jax.data.sources import Example, Source, digits, tfds
 from ldm_jax.errors import InputError, choose, within
+from ldm_jax.files import digest_json
 
 SPLITS = ("train", "held_out")
 CROPS = ("center", "random")
@@ -136,11 +137,11 @@ class ImageSplit:
 
     def listing(self) -> str:
         """sha256 hex of which examples there are, in order; a mended file keeps it."""
-        return digest([self.source.listing or self.source.identity, self.source.num_examples])
+        return digest_json([self.source.listing or self.source.identity, self.source.num_examples])
 
     def fingerprint(self) -> str:
         """sha256 hex of what the split holds (names and sizes of files) and of the recipe."""
-        return digest([self.source.identity, self.source.num_examples, self.recipe])
+        return digest_json([self.source.identity, self.source.num_examples, self.recipe])
 
 
 def _column(field: Field, name: str, rows: list[Row]) -> np.ndarray:

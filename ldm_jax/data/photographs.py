@@ -1,7 +1,6 @@
 """The colour photographs bundled with scikit-learn and scikit-image, cut into squares."""
 
 import functools
-import hashlib
 import importlib.resources
 import importlib.util
 from typing import NamedTuple
@@ -11,8 +10,9 @@ from PIL import Image
 
 from ldm_jax.data import pixels
 from ldm_jax.data.fields import LABEL
-from ldm_jax.data.sources import Example, Source, digest
+from ldm_jax.data.sources import Example, Source
 from ldm_jax.errors import InputError
+from ldm_jax.files import digest, digest_json
 
 # Those inside the packages themselves: nothing is downloaded.
 FILES = {
@@ -78,9 +78,9 @@ def photographs(split: str, resolution: int) -> Source:
         num_examples=len(cells),
         class_names=tuple(FILES),
         fields=(LABEL,),
-        identity=digest(["photographs", split, contents, cells]),
+        identity=digest_json(["photographs", split, contents, cells]),
         load=load,
-        listing=digest(["photographs", split, list(FILES), cells]),
+        listing=digest_json(["photographs", split, list(FILES), cells]),
         load_at=load_at,
     )
 
@@ -126,5 +126,5 @@ def _pictures() -> tuple[list[Image.Image], list[str]]:
                 "pip install 'scikit-image>=0.25' 'scikit-learn>=1.6'"
             ) from error
         pictures.append(pixels.decode(data, f"{package}/{name}"))
-        contents.append(hashlib.sha256(data).hexdigest())
+        contents.append(digest(data))
     return pictures, contents

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +11,7 @@ from PIL import Image
 from ldm_jax.data import draws, pixels
 from ldm_jax.data.fields import CAPTION, LABEL, Field
 from ldm_jax.errors import InputError
+from ldm_jax.files import digest_json
 
 Example = dict[str, Any]  # "image": RGB or grey PIL image, and an array per array of the fields
 
@@ -39,11 +38,6 @@ class Source:
     load_at: Callable[[np.ndarray, np.ndarray], list[Example]] | None = None
 
 
-def digest(value: Any) -> str:
-    """sha256 hex of a value as canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def digits(split: str, resolution: int, kernel: str, held_out_fraction: float) -> Source:
     """The 1,797 real handwritten 8x8 digits bundled with scikit-learn, enlarged and grey.
 
@@ -66,7 +60,7 @@ def digits(split: str, resolution: int, kernel: str, held_out_fraction: float) -
         num_examples=len(chosen),
         class_names=tuple("0123456789"),
         fields=(LABEL,),
-        identity=digest(["digits", chosen.tolist()]),
+        identity=digest_json(["digits", chosen.tolist()]),
         load=load,
     )
 
@@ -132,7 +126,7 @@ def tfds(name: str, data_dir: str, tfds_split: str) -> Source:
         num_examples=len(records),
         class_names=tuple(names),
         fields=(LABEL, CAPTION) if caption_key else (LABEL,),
-        identity=digest(["tfds", builder.info.full_name, tfds_split, len(records), shards]),
+        identity=digest_json(["tfds", builder.info.full_name, tfds_split, len(records), shards]),
         load=load,
     )
 

@@ -1,6 +1,9 @@
 """Sums of features in f64 and features kept on disk, over a run that may be killed at any time.
 
-A folder holds, for each process, `partial-PPPPP-of-QQQQQ-POSITION.npz`, the sums up to there.
+A folder holds, for each process, `partial-PPPPP-of-QQQQQ-POSITION.npz`, the sums up to there, and
+for each tap that is kept `features-TAP-PPPPP-of-QQQQQ.npy`, f32 in the order of the samples, which
+has its final size from the start; `features.json` says that all of those are whole. Features are
+written as files, not as mapped memory: a full disk is then an error and no signal that kills.
 """
 
 import json
@@ -9,19 +12,19 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval import feature_store
 from ldm_jax.eval.frechet import Moments
-from ldm_jax.eval.images_out import write_atomically
 from ldm_jax.eval.protocol import Protocol, difference
-from ldm_jax.eval.statistics import Features, gather_exact, merge_hosts, own_rows
-from ldm_jax.files import read_npz
+from ldm_jax.eval.statistics import Features, gather_exact, merge_hosts, process_rows
+from ldm_jax.files import read_json, read_npz, write_json, write_npz
 
 BLOCK = 1024  # rows whose products are summed at a time, whatever the batches: the same bits
+MANIFEST = "features.json"
 REMEDY = "go on with the settings it was begun with, or delete the folder to begin anew"
 
 
@@ -43,8 +46,8 @@ class Accumulator:
     ):
         self.folder, self.protocol = Path(folder), protocol
         self.process, self.processes = jax.process_index(), jax.process_count()
-        self.rows = own_rows(protocol.num)
-        self.longest = len(own_rows(protocol.num, 0, self.processes))
+        self.rows = process_rows(protocol.num)
+        self.longest = len(process_rows(protocol.num, 0, self.processes))
         self.position = 0  # samples asked of every process, up to `longest`
         self.kept = dict(kept)
         self.sums = {tap: Moments.empty(width) for tap, width in moments.items()}
@@ -53,7 +56,7 @@ class Accumulator:
         self._thread = ThreadPoolExecutor(1)
         self._summing: Future[None] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._refuse_other(self.folder, feature_store.read_manifest(self.folder))
+        self._refuse_other(self.folder, read_manifest(self.folder))
         self._resume()
 
     def indices(self, rows: int) -> np.ndarray:
@@ -75,7 +78,7 @@ class Accumulator:
                     "network's weights"
                 )
         for tap in self.kept:
-            feature_store.write(self._path(tap), self.position, features[tap])
+            _write_rows(self._path(tap), self.position, features[tap])
         start = 0
         while start < count:
             stop = min(start + BLOCK - self.filled, count)
@@ -94,14 +97,14 @@ class Accumulator:
         """Puts everything so far on disk; every process must call it at the same position."""
         self._settle()
         for tap in self.kept:
-            feature_store.sync(self._path(tap))
+            _sync(self._path(tap))
         header = {"protocol": self.protocol.to_json(), "position": self.position}
         arrays = {"header": np.array(json.dumps(header))}
         for tap, one in self.sums.items():
             arrays |= {f"{tap}/n": np.int64(one.count), f"{tap}/sum": one.total}
             arrays |= {f"{tap}/outer": one.outer, f"{tap}/held": self.held[tap][: self.filled]}
         path = self.folder / f"{self._stem}-{self.position:010d}.npz"
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+        write_npz(path, arrays)
         # Until all have this position, the one before is what they have in common.
         _wait_for_all(f"saved {self.position}")
         for position, old in self._saved().items():
@@ -121,7 +124,7 @@ class Accumulator:
         _wait_for_all("kept")
         if self.process == 0 and self.kept:
             content = {"protocol": self.protocol.to_json(), "processes": self.processes}
-            feature_store.write_manifest(self.folder, {**content, "widths": self.kept})
+            write_json(self.folder / MANIFEST, {**content, "widths": self.kept}, indent=1)
         _wait_for_all("whole")  # else another process could look for them before
         return out
 
@@ -144,7 +147,7 @@ class Accumulator:
         return f"partial-{self.process:05d}-of-{self.processes:05d}"
 
     def _path(self, tap: str) -> Path:
-        return feature_store.path(self.folder, tap, self.process, self.processes)
+        return _features_path(self.folder, tap, self.process, self.processes)
 
     def _saved(self) -> dict[int, Path]:
         paths = self.folder.glob(f"{self._stem}-*.npz")
@@ -166,11 +169,11 @@ class Accumulator:
                 raise InputError(f"{self.folder} lacks {self._stem}-{latest:010d}.npz; {REMEDY}")
             self._load(saved[latest])
         if self.position < self.longest and self.process == 0:
-            feature_store.remove_manifest(self.folder)  # they are whole no longer
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # they are whole no longer
         for tap, width in self.kept.items():
             if not latest:
-                feature_store.create(self._path(tap), len(self.rows), width)
-            elif feature_store.shape(self._path(tap)) != (len(self.rows), width):
+                _create(self._path(tap), len(self.rows), width)
+            elif _shape(self._path(tap)) != (len(self.rows), width):
                 raise InputError(f"{self._path(tap)} is missing or damaged; {REMEDY}")
 
     def _load(self, path: Path) -> None:
@@ -225,6 +228,82 @@ def accumulate(
             state.save()
             saved = time.monotonic()
     return state.finish(), state
+
+
+def read_features(folder: str | os.PathLike, tap: str) -> np.ndarray:
+    """f32 [N, D] in the order of the samples; mapped from disk where one process wrote them.
+
+    Raises InputError where the evaluation is unfinished or a file is missing.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if tap not in manifest.get("widths", {}):
+        raise InputError(
+            f"{folder} has no whole features {tap!r}; finish the evaluation, with {tap!r} kept"
+        )
+    processes, num = manifest["processes"], manifest["protocol"]["num"]
+    parts = []
+    for process in range(processes):
+        path = _features_path(folder, tap, process, processes)
+        rows = len(process_rows(num, process, processes))
+        if _shape(path) != (rows, manifest["widths"][tap]):
+            raise InputError(
+                f"{path} is missing or is not {rows} rows of {manifest['widths'][tap]}; put all "
+                "processes' files into one folder, or evaluate again"
+            )
+        if rows:
+            parts.append(np.load(path, mmap_mode="r", allow_pickle=False))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Protocol, number of processes and widths of finished features; empty where there are none."""
+    path = folder / MANIFEST
+    return read_json(path, "delete the folder and evaluate again") if path.exists() else {}
+
+
+def _features_path(folder: Path, tap: str, process: int, processes: int) -> Path:
+    return folder / f"features-{tap}-{process:05d}-of-{processes:05d}.npy"
+
+
+def _create(path: Path, rows: int, width: int) -> None:
+    """A file of `rows` rows, all zeros and taking no space yet."""
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 4 * rows * width)
+
+
+def _write_rows(path: Path, start: int, features: np.ndarray) -> None:
+    """Puts features [n, D] in the rows from `start` on."""
+    with path.open("r+b") as file:
+        rows, width = _read_header(file)[0]
+        fits = not len(features) or (features.shape[1] == width and start + len(features) <= rows)
+        assert fits, f"{features.shape} from row {start} on in {(rows, width)}"
+        file.seek(4 * start * width, os.SEEK_CUR)
+        file.write(np.ascontiguousarray(features, "<f4").tobytes())
+
+
+def _sync(path: Path) -> None:
+    """Returns when what was written is on disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """What a file holds, by its header and its size; () where they disagree or it is missing."""
+    try:
+        with path.open("rb") as file:
+            shape, fortran, dtype = _read_header(file)
+            whole = path.stat().st_size == file.tell() + 4 * int(np.prod(shape))
+            return shape if whole and dtype == np.dtype("<f4") and not fortran else ()
+    except (OSError, ValueError):
+        return ()
+
+
+def _read_header(file):
+    np.lib.format.read_magic(file)
+    return np.lib.format.read_array_header_1_0(file)
 
 
 def _longest(seconds: float) -> float:

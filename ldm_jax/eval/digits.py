@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
 import json
 import os
 from typing import Any
@@ -14,8 +13,9 @@ import optax
 
 from ldm_jax.errors import InputError
 from ldm_jax.eval.frechet import Moments, distance
-from ldm_jax.eval.images_out import check_images, write_atomically
-from ldm_jax.files import read_npz
+from ldm_jax.eval.images_out import check_images
+from ldm_jax.files import digest_arrays, read_npz, write_npz
+from ldm_jax.interop.names import flatten, nest
 from ldm_jax.keys import key_for
 from ldm_jax.models import classifier
 from ldm_jax.models.autoencoder import to_unit
@@ -131,11 +131,10 @@ def half_distance(
 
 def save(judge: Classifier, path: str | os.PathLike) -> str:
     """Writes configuration and parameters as one `.npz`; returns their digest."""
-    arrays = {"/".join(k): np.asarray(v) for k, v in _flatten(judge.params).items()}
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(judge.params).items()}
     header = json.dumps(dataclasses.asdict(judge.config), sort_keys=True)
-    digest = _digest(header, arrays)
-    meta = {"config": np.array(header), "digest": np.array(digest)}
-    write_atomically(path, lambda file: np.savez(file, **meta, **arrays))
+    digest = digest_arrays(arrays, header)
+    write_npz(path, {"config": np.array(header), "digest": np.array(digest), **arrays})
     return digest
 
 
@@ -143,7 +142,7 @@ def load(path: str | os.PathLike) -> Classifier:
     """Reads what `save` wrote; raises InputError for another file or one that changed since."""
     arrays = read_npz(path)
     header, digest = str(arrays.pop("config", "")), str(arrays.pop("digest", ""))
-    if not header or _digest(header, arrays) != digest:
+    if not header or digest_arrays(arrays, header) != digest:
         raise InputError(
             f"{path} is not a classifier as it was saved: its content has not the digest it names; "
             "delete it and evaluate again to train another"
@@ -154,29 +153,7 @@ def load(path: str | os.PathLike) -> Classifier:
         raise InputError(
             f"{path} was saved by another version ({error}); delete it and evaluate again"
         ) from error
-    params: dict = {}
-    for name, value in arrays.items():
-        *parents, leaf = name.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return Classifier(config, params)
-
-
-def _flatten(tree, path=()):
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {k: v for name in tree for k, v in _flatten(tree[name], (*path, name)).items()}
-
-
-def _digest(header, arrays):
-    sha = hashlib.sha256(header.encode())
-    for name in sorted(arrays):
-        a = np.ascontiguousarray(arrays[name])
-        sha.update(f"{name} {a.dtype.str} {a.shape}".encode())
-        sha.update(a.tobytes())
-    return sha.hexdigest()
+    return Classifier(config, nest(arrays))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose
 from ldm_jax.eval import random_conv
 from ldm_jax.eval.resize import RESIZES
 from ldm_jax.models.frozen import clip, dinov2, inception, vgg
@@ -28,8 +28,8 @@ class Extractor:
     resize: str  # the one that published figures of this network use most
     network: Callable[[Any, jax.Array], Features]  # (params, f32 [B,side,side,3] in 0..255)
     shapes: Callable[[], Any]  # the tree of parameters as shapes
-    # The parameters of a network that needs no file, None for the others.
-    own_params: Callable[[], Any] | None = None
+    # () -> the parameters of a network that needs no file; None for the others.
+    init: Callable[[], Any] | None = None
 
     def apply(self, params: Any, images: jax.Array, resize: str = "") -> Features:
         """uint8 images [B,H,W,3] -> {tap: f32 [B,D]}; an empty `resize` is the extractor's own.
@@ -42,8 +42,7 @@ class Extractor:
                 "[B,H,W,3], rounded as they are saved; convert with autoencoder.to_uint8"
             )
         resize = resize or self.resize
-        if resize not in RESIZES:
-            raise InputError(f"resize {resize!r} is unknown; choose one of {', '.join(RESIZES)}")
+        choose("resize", resize, RESIZES)
         return self.network(params, RESIZES[resize](images, self.side))
 
 

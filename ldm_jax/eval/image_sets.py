@@ -1,7 +1,6 @@
-"""Images to measure, a batch in memory at a time: of an `.npz` in ADM's layout or of a folder."""
+"""Images to measure, a batch in memory at a time: of an `.npz`, a folder or a run's split."""
 
 import dataclasses
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,12 +9,26 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ldm_jax import files as npz
+from ldm_jax import files
 from ldm_jax.data import folder
+from ldm_jax.data import images as image_data
 from ldm_jax.errors import InputError
 
 MAX_PIXELS = 64 << 20  # of one image; a small file can hold gigabytes
 Batches = Callable[[int, int, int], Iterator[np.ndarray]]
+Read = Callable[[np.ndarray], np.ndarray]  # indices int64 [n] -> uint8 [n,H,W,3]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageStream:
+    """What is measured: image i comes from `read`, which is called with indices in order."""
+
+    num: int
+    open: Callable[[int], Read]  # rows -> read, of at most so many indices a call
+    name: str  # for errors
+    digest: str  # of the data, or what says which weights made them
+    rows: int = 0  # of this process in one reading; 0 = as many as the networks take
+    keep: Path | None = None  # folder that reading writes the images into
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +42,7 @@ class ImageSet:
     digest: str  # sha256 hex: of the file, or of a folder's sorted names and contents
     batches: Batches  # (start, stop, b) -> the images [start, stop), uint8 [<= b,H,W,3] each
 
-    def reader(self, rows: int) -> Callable[[np.ndarray], np.ndarray]:
+    def reader(self, rows: int) -> Read:
         """indices [n <= rows] -> uint8 [n,H,W,3], for calls that go on where the last one ended."""
         stream, after = iter(()), -1
 
@@ -44,6 +57,29 @@ class ImageSet:
             return next(stream)[: len(indices)]
 
         return read
+
+
+def open_set(path: str) -> ImageStream:
+    """A folder of images or an .npz in ADM's layout."""
+    found = open_images(path)
+    return ImageStream(found.num, found.reader, f"images {path}", found.digest)
+
+
+def open_split(
+    config: image_data.ImagesConfig, name: str, chosen: np.ndarray | None = None
+) -> ImageStream:
+    """A split of a run's images, or the `chosen` of them."""
+    source = image_data.open_images(config, name, augment=False)
+    chosen = np.arange(len(source), dtype=np.int64) if chosen is None else chosen
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        if not len(indices):
+            return np.zeros((0, config.resolution, config.resolution, 3), np.uint8)
+        rows = chosen[indices]
+        return source.read(rows, rows)["image"]
+
+    digest = f"{name}:{len(chosen)}:{source.fingerprint()}"
+    return ImageStream(len(chosen), lambda rows: read, f"the {name} images", digest)
 
 
 def open_images(path: str | os.PathLike, *, sha256: str = "") -> ImageSet:
@@ -61,7 +97,7 @@ def open_images(path: str | os.PathLike, *, sha256: str = "") -> ImageSet:
 
 
 def _file(path) -> ImageSet:
-    headers = npz.headers(path)
+    headers = files.headers(path)
     header = headers.get("arr_0")
     if header is None:
         raise InputError(
@@ -81,8 +117,8 @@ def _file(path) -> ImageSet:
         num=shape[0],
         size=(shape[1], shape[2]),
         labels=_labels(path, headers, shape[0]),
-        digest=npz.sha256(path),
-        batches=lambda start, stop, size: npz.rows(path, "arr_0", start, stop, size),
+        digest=files.sha256(path),
+        batches=lambda start, stop, size: files.rows(path, "arr_0", start, stop, size),
     )
 
 
@@ -95,17 +131,17 @@ def _labels(path, headers, num):
             f"{path}: arr_1 is {header.dtype} {header.shape}: the rule is one integer per image, "
             f"[{num}]"
         )
-    return npz.read_npz(path, "arr_1")["arr_1"].astype(np.int64)
+    return files.read_npz(path, "arr_1")["arr_1"].astype(np.int64)
 
 
 def _folder(root) -> ImageSet:
     names = folder.image_files(root)
-    hashed, sizes = hashlib.sha256(), {}
+    lines, sizes = [], {}
     for name in names:
         (width, height), content = _measure(root, name)
         _check_pixels(width * height, f"{root}/{name}")
         sizes.setdefault((height, width), name)
-        hashed.update(f"{name}\0{content}\n".encode())
+        lines.append(f"{name}\0{content}\n")
     if len(sizes) > 1:
         (a, first), (b, second) = list(sizes.items())[:2]
         raise InputError(
@@ -131,7 +167,7 @@ def _folder(root) -> ImageSet:
         num=len(names),
         size=size,
         labels=None,
-        digest=hashed.hexdigest(),
+        digest=files.digest_of(lines),
         batches=batches,
     )
 
@@ -144,14 +180,12 @@ def _measure(root, name) -> tuple[tuple[int, int], str]:
     path = f"{root.rstrip('/')}/{name}"
     if "://" in root:
         image = folder.read_image(root, name)
-        return image.size, hashlib.sha256(image.tobytes()).hexdigest()
+        return image.size, files.digest(image.tobytes())
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our rule is stricter
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            with Image.open(file) as image:
-                return image.size, content
+            with Image.open(path) as image:
+                return image.size, files.sha256(path)
     except Exception as error:  # PIL lets a dozen kinds of exceptions out on broken files
         raise InputError(
             f"cannot read image {path}: {type(error).__name__}: {error}; replace or remove it"

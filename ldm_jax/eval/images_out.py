@@ -2,35 +2,12 @@
 
 import io
 import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
 from ldm_jax.errors import InputError
-from ldm_jax.files import read_npz
-
-
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Fills `path` through `write(file)`; the old file stays whole until the new one is on disk."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide results from a team
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+from ldm_jax.files import read_npz, write_bytes, write_npz
 
 
 def png_bytes(image: np.ndarray) -> bytes:
@@ -62,8 +39,7 @@ def grid(images: np.ndarray, columns: int, gap: int = 2) -> np.ndarray:
 
 def save_grid(images: np.ndarray, path: str | os.PathLike, columns: int) -> None:
     """Writes uint8 images [N,H,W,3] as one PNG, row by row."""
-    data = png_bytes(grid(images, columns))
-    write_atomically(path, lambda file: file.write(data))
+    write_bytes(path, png_bytes(grid(images, columns)))
 
 
 def save_npz(images: np.ndarray, labels: np.ndarray | None, path: str | os.PathLike) -> None:
@@ -71,10 +47,10 @@ def save_npz(images: np.ndarray, labels: np.ndarray | None, path: str | os.PathL
 
     Layout: Dhariwal and Nichol's guided-diffusion, evaluations/README.md.
     """
-    arrays = [check_images(images)]
+    arrays = {"arr_0": check_images(images)}
     if labels is not None:
-        arrays.append(_check_labels(labels, len(arrays[0])))
-    write_atomically(path, lambda file: np.savez(file, *arrays))
+        arrays["arr_1"] = _check_labels(labels, len(images))
+    write_npz(path, arrays)
 
 
 def load_npz(path: str | os.PathLike) -> tuple[np.ndarray, np.ndarray | None]:

@@ -1,10 +1,8 @@
-"""The networks that judge images, by preset, and what they are given to judge."""
+"""The networks that judge images, by preset."""
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,15 +10,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose
 from ldm_jax.eval.extractors import EXTRACTORS
 from ldm_jax.eval.metrics import METRICS, SECOND
 from ldm_jax.eval.protocol import PRESETS, Preset, Protocol
 from ldm_jax.eval.statistics import Features, compile_features
+from ldm_jax.files import digest_of
 from ldm_jax.interop import pretrained
 
 BLOCK = 16  # images that a network sees at once, whole on one device
-Read = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,39 +34,21 @@ class JudgeOptions:
     allow_few: bool = False  # Fréchet distances from no more images than features
 
     def __post_init__(self):
-        if self.preset not in (*PRESETS, "custom"):
-            raise InputError(
-                f"preset {self.preset!r} is unknown; choose one of {[*PRESETS, 'custom']}"
-            )
+        choose("preset", self.preset, (*PRESETS, "custom"))
         if (self.preset == "custom") != bool(self.extractor):
             raise InputError(
                 f"extractor {self.extractor!r} with preset {self.preset!r}: an extractor belongs "
                 "to preset 'custom', and that one needs it"
             )
-        if self.extractor and self.extractor not in EXTRACTORS:
-            raise InputError(
-                f"extractor {self.extractor!r} is unknown; choose one of {list(EXTRACTORS)}"
-            )
-        if self.extractor_file and self.extractor and EXTRACTORS[self.extractor].own_params:
+        if self.extractor:
+            choose("extractor", self.extractor, EXTRACTORS)
+        if self.extractor_file and self.extractor and EXTRACTORS[self.extractor].init:
             raise InputError(
                 f"extractor {self.extractor!r} takes no weights; leave extractor-file "
                 f"{self.extractor_file!r} out"
             )
         for name in self.metrics:
-            if name not in METRICS:
-                raise InputError(f"metric {name!r} is unknown; choose one of {list(METRICS)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageStream:
-    """What is measured: image i comes from `read`, which is called with indices in order."""
-
-    num: int
-    open: Callable[[int], Read]  # rows -> read(indices int64 [n <= rows]) -> uint8 [n,H,W,3]
-    name: str  # for errors
-    digest: str  # of the data, or what says which weights made them
-    rows: int = 0  # of this process in one reading; 0 = as many as the networks take
-    keep: Path | None = None  # folder that reading writes the images into
+            choose("metric", name, METRICS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +130,9 @@ def find_preset(settings: JudgeOptions) -> Preset:
 
 def read_weights(name: str, file: str) -> pretrained.NetworkWeights:
     """A network's parameters, from its file or, for one that needs none, from its seed."""
-    own = EXTRACTORS[name].own_params
-    if own is None:
+    init = EXTRACTORS[name].init
+    if init is None:
         return pretrained.read(name, file)
-    params = jax.device_get(own())
-    hashed = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        hashed.update(np.ascontiguousarray(leaf).tobytes())
-    return pretrained.NetworkWeights(params, hashed.hexdigest(), False)
+    params = jax.device_get(init())
+    digest = digest_of(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
+    return pretrained.NetworkWeights(params, digest, False)

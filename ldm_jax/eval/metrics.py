@@ -9,7 +9,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.eval import frechet, inception_score, kernel, neighbours
 from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.protocol import Preset
-from ldm_jax.eval.references import Gaussian
+from ldm_jax.eval.references import MeanCovariance
 
 SECOND = "neighbours-"  # before the taps of a preset's second network
 Figures = dict[str, float]
@@ -26,17 +26,18 @@ class Target(NamedTuple):
     """What they are held against."""
 
     digest: str
-    gaussian: Callable[[str, int], Gaussian]  # (tap, width)
+    gaussian: Callable[[str, int], MeanCovariance]  # (tap, width)
     features: Callable[[str], np.ndarray]  # tap -> f32 [M,D]
 
 
 class Metric(NamedTuple):
+    figures: Callable[[Preset, str, Measured, Target], Figures]  # of a preset and its tap
     tap: Callable[[Preset], str]  # "": the preset has no such features
-    sums: bool  # it takes the features' sums alone, else the features themselves
-    reference: str  # what of the reference: "" | "gaussian" | "features"
-    least: Callable[[Preset], int]  # images that it takes of either set
-    usual: Callable[[Preset], bool]  # measured where no metric is asked for by name
-    figures: Callable[[Preset, str, Measured, Target], Figures]
+    sums: bool = False  # it takes the features' sums alone, else the features themselves
+    reference: str = ""  # what of the reference: "" | "gaussian" | "features"
+    least: Callable[[Preset], int] = lambda preset: 2  # images that it takes of either set
+    # Measured where no metric is asked for by name.
+    usual: Callable[[Preset], bool] = lambda preset: True
 
 
 def _frechet(name: str):
@@ -85,14 +86,16 @@ def _cmmd(preset: Preset, tap: str, images: Measured, target: Target) -> Figures
 
 
 def _precision_recall(preset: Preset, tap: str, images: Measured, target: Target) -> Figures:
-    real, fake = _manifold(preset, target.features(tap), len(images.features(tap))), images
-    both = neighbours.precision_recall(real, fake.features(tap), k=preset.neighbours_k)
+    fake = images.features(tap)
+    real = _manifold(preset, target.features(tap), len(fake))
+    both = neighbours.precision_recall(real, fake, k=preset.neighbours_k)
     return dict(zip(("precision", "recall"), both, strict=True))
 
 
 def _density_coverage(preset: Preset, tap: str, images: Measured, target: Target) -> Figures:
-    real = _manifold(preset, target.features(tap), len(images.features(tap)))
-    both = neighbours.density_coverage(real, images.features(tap))
+    fake = images.features(tap)
+    real = _manifold(preset, target.features(tap), len(fake))
+    both = neighbours.density_coverage(real, fake)
     return dict(zip(("density", "coverage"), both, strict=True))
 
 
@@ -113,65 +116,62 @@ def neighbours_tap(preset: Preset) -> str:
     return SECOND + tap if preset.neighbours_extractor else tap
 
 
+def _pool(preset: Preset) -> str:
+    return preset.tap
+
+
 def _clip(preset: Preset) -> bool:
     return preset.extractor.startswith("clip")
-
-
-def _two(preset: Preset) -> int:
-    return 2
-
-
-def _always(preset: Preset) -> bool:
-    return True
-
-
-def _never(preset: Preset) -> bool:
-    return False
 
 
 def _not_clip(preset: Preset) -> bool:
     return not _clip(preset)
 
 
-def _pool(preset: Preset) -> str:
-    return preset.tap
+def _never(preset: Preset) -> bool:
+    return False
 
 
 METRICS = {
-    "fid": Metric(_pool, True, "gaussian", _two, _not_clip, _frechet("fid")),
-    "sfid": Metric(lambda p: p.spatial_tap, True, "gaussian", _two, _always, _frechet("sfid")),
-    "inception_score": Metric(
-        lambda p: p.logits_tap, False, "", lambda p: 10, _always, _inception_score
+    "fid": Metric(_frechet("fid"), _pool, sums=True, reference="gaussian", usual=_not_clip),
+    "sfid": Metric(_frechet("sfid"), lambda p: p.spatial_tap, sums=True, reference="gaussian"),
+    "inception_score": Metric(_inception_score, lambda p: p.logits_tap, least=lambda p: 10),
+    "kid": Metric(
+        _kid, _pool, reference="features", least=lambda p: p.kid_subset_size, usual=_not_clip
     ),
-    "kid": Metric(_pool, False, "features", lambda p: p.kid_subset_size, _not_clip, _kid),
-    "cmmd": Metric(_pool, False, "features", _two, _clip, _cmmd),
+    "cmmd": Metric(_cmmd, _pool, reference="features", usual=_clip),
     "precision_recall": Metric(
-        neighbours_tap,
-        False,
-        "features",
-        lambda p: p.neighbours_k + 1,
-        _not_clip,
         _precision_recall,
+        neighbours_tap,
+        reference="features",
+        least=lambda p: p.neighbours_k + 1,
+        usual=_not_clip,
     ),
     "density_coverage": Metric(
-        neighbours_tap, False, "features", lambda p: 6, _not_clip, _density_coverage
+        _density_coverage,
+        neighbours_tap,
+        reference="features",
+        least=lambda p: 6,
+        usual=_not_clip,
     ),
-    "memorisation": Metric(neighbours_tap, False, "features", _two, _never, _memorisation),
-    "fid_infinity": Metric(_pool, False, "gaussian", lambda p: 150, _never, _fid_infinity),
+    "memorisation": Metric(_memorisation, neighbours_tap, reference="features", usual=_never),
+    "fid_infinity": Metric(
+        _fid_infinity, _pool, reference="gaussian", least=lambda p: 150, usual=_never
+    ),
 }
 
 
-def choose(
-    asked: Iterable[str],
+def choose_metrics(
+    names: Iterable[str],
     preset: Preset,
     offers: Callable[[str, str], bool],
     counts: Mapping[str, int],
 ) -> tuple[str, ...]:
-    """The metrics to measure: those asked for, or the usual ones that the sets allow.
+    """The metrics to measure: `names`, or without any the usual ones that the sets allow.
 
     `offers` says whether the reference has the "gaussian" or the "features" of a tap; `counts` are
-    the images of each set. Raises InputError for a metric that is asked for and cannot be had, and
-    where there is none.
+    the images of each set. Raises InputError for a metric of `names` that cannot be had, and where
+    there is none.
     """
     what, fewest = min(counts.items(), key=lambda item: item[1])
 
@@ -194,12 +194,12 @@ def choose(
             )
         return ""
 
-    asked = tuple(asked)
-    for name in asked:
+    names = tuple(names)
+    for name in names:
         if lack(name):
             raise InputError(f"metric {name!r}: {lack(name)}")
     usual = [name for name, metric in METRICS.items() if metric.usual(preset)]
-    chosen = asked or tuple(name for name in usual if not lack(name))
+    chosen = names or tuple(name for name in usual if not lack(name))
     if not chosen:
         raise InputError(f"no metric can be had; {usual[0]!r}: {lack(usual[0])}")
     return chosen

@@ -1,7 +1,6 @@
 """What a figure was measured with, and how that becomes part of the figure's name."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose, within
+from ldm_jax.files import digest
 
 LABELS = ("balanced", "random", "none")  # "none": no model was asked for classes
 
@@ -90,14 +90,9 @@ class Protocol:
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.preset not in (*PRESETS, "custom"):
-            raise InputError(
-                f"preset {self.preset!r} is unknown; choose one of {sorted(PRESETS)} or 'custom'"
-            )
-        if self.labels not in LABELS:
-            raise InputError(f"labels {self.labels!r} is unknown; choose one of {LABELS}")
-        if self.num < 1:
-            raise InputError(f"num {self.num} must be at least 1")
+        choose("preset", self.preset, (*PRESETS, "custom"))
+        choose("labels", self.labels, LABELS)
+        within("num", self.num, "[1, inf)")
         if not re.fullmatch("[0-9a-f]{64}", self.extractor_digest):
             raise InputError(
                 f"extractor_digest {self.extractor_digest!r} must be a sha256, 64 hex digits"
@@ -118,7 +113,7 @@ class Protocol:
     def hash(self) -> str:
         """sha256 hex over every field, in canonical JSON."""
         text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()
+        return digest(text)
 
     @property
     def is_custom(self) -> bool:
@@ -139,15 +134,6 @@ class Protocol:
         count = f"{self.num // 1000}k" if self.num % 1000 == 0 else str(self.num)
         gap = "-" if metric[-1].isdigit() else ""
         return f"{metric}{gap}{count}-{'custom' if custom else self.preset}-{self.hash()[:8]}"
-
-
-def make(preset: str, **fields: Any) -> Protocol:
-    """A Protocol with the extractor, the tap and the resize of a preset."""
-    if preset not in PRESETS:
-        raise InputError(f"preset {preset!r} is unknown; choose one of {sorted(PRESETS)}")
-    given = PRESETS[preset]
-    own = {name: getattr(given, name) for name in ("extractor", "tap", "resize")}
-    return Protocol(preset=preset, **own, **fields)
 
 
 def difference(have: Any, want: Protocol) -> str:

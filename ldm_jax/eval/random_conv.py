@@ -10,16 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval.images_out import check_images
 from ldm_jax.keys import key_for
-from ldm_jax.models.autoencoder import to_unit
 
 WIDTHS = (16, 32, 64)  # channels of the three convolutions, of strides 1, 2 and 2
 DIM = 4 * WIDTHS[-1]  # of the features
-BATCH = 256  # rows of one compiled call; the last batch is padded up to it
 
 
 def init(seed: int) -> Any:
@@ -55,21 +51,3 @@ def apply(params: Any, x: jax.Array) -> jax.Array:
     h, w = x.shape[1] // 2, x.shape[2] // 2
     quarters = [x[:, :h, :w], x[:, :h, w:], x[:, h:, :w], x[:, h:, w:]]
     return jnp.concatenate([q.mean((1, 2)) for q in quarters], -1)
-
-
-def features(params: Any, images: np.ndarray) -> np.ndarray:
-    """f32 [N,256] of uint8 images [N,H,W,3]."""
-    images = check_images(images)
-    if not len(images):
-        raise InputError("no images to take features of; give at least one")
-    rows = []
-    for start in range(0, len(images), BATCH):
-        batch = images[start : start + BATCH]
-        padded = np.pad(batch, ((0, BATCH - len(batch)), (0, 0), (0, 0), (0, 0)))
-        rows.append(jax.device_get(_forward(params, padded))[: len(batch)])
-    return np.concatenate(rows)
-
-
-@jax.jit
-def _forward(params, images):
-    return apply(params, to_unit(images))

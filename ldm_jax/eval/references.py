@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ldm_jax import files as npz
+from ldm_jax import files
 from ldm_jax.errors import InputError
 from ldm_jax.eval import array_pickle
 from ldm_jax.eval.frechet import Moments
-from ldm_jax.eval.images_out import write_atomically
 from ldm_jax.eval.protocol import Protocol
 
 SCHEMA = 1
@@ -31,7 +30,7 @@ NAMES = {
 PICKLED = {"fid": POOL, "fd_dinov2": CLS}  # EDM2
 
 
-class Gaussian(NamedTuple):
+class MeanCovariance(NamedTuple):
     mean: np.ndarray  # f64 [D]
     covariance: np.ndarray  # f64 [D,D]
 
@@ -48,15 +47,17 @@ class Made:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reference:
+class Statistics:
+    """What a file says of the features of its images."""
+
     path: str
     sha256: str  # hex, of the file
     num: int  # images behind the statistics; 0 = the file does not say
-    gaussians: Mapping[str, Gaussian]  # tap -> what a Fréchet distance needs
+    gaussians: Mapping[str, MeanCovariance]  # tap -> what a Fréchet distance needs
     moments: Mapping[str, Moments]  # tap -> what adds up; of our own files only
     made: Made | None  # of our own files only
 
-    def gaussian(self, tap: str, width: int = 0) -> Gaussian:
+    def gaussian(self, tap: str, width: int = 0) -> MeanCovariance:
         """Of one tap; InputError where the file lacks it or has it of another width (0 = any)."""
         if tap not in self.gaussians:
             raise InputError(
@@ -72,13 +73,13 @@ class Reference:
         return found
 
 
-def load(path: str | os.PathLike, *, sha256: str = "", allow_few: bool = False) -> Reference:
+def load(path: str | os.PathLike, *, sha256: str = "", allow_few: bool = False) -> Statistics:
     """Statistics from .npz (ours, ADM, torch-fidelity, TTUR, EDM, MeanFlow) or EDM2's .pkl.
 
     Raises InputError for a file of another digest than `sha256`, for statistics that are none, and,
     unless `allow_few`, for those of no more images than features.
     """
-    digest = npz.sha256(path)
+    digest = files.sha256(path)
     if sha256 and digest != sha256:
         raise InputError(
             f"reference {path} has sha256 {digest}, but {sha256} is asked for; fetch it again"
@@ -96,7 +97,7 @@ def load(path: str | os.PathLike, *, sha256: str = "", allow_few: bool = False) 
     for tap, one in checked.items():
         if num and not allow_few:
             check_enough(num, one.mean.size, f"reference {path}, {tap!r}")
-    return Reference(
+    return Statistics(
         path=str(path), sha256=digest, num=num, gaussians=checked, moments=moments, made=made
     )
 
@@ -112,10 +113,10 @@ def save(path: str | os.PathLike, moments: Mapping[str, Moments], made: Made) ->
         arrays |= {mu: one.mean, sigma: one.covariance}
         arrays |= {f"{tap}/n": np.int64(one.count), f"{tap}/sum": one.total}
         arrays |= {f"{tap}/outer": one.outer}
-    write_atomically(path, lambda file: np.savez(file, **arrays))
+    files.write_npz(path, arrays)
 
 
-def merge(first: Reference, second: Reference) -> dict[str, Moments]:
+def merge(first: Statistics, second: Statistics) -> dict[str, Moments]:
     """The sums of two of our own files together; InputError where they were made differently."""
     if first.made is None or second.made is None:
         other = first if first.made is None else second
@@ -132,16 +133,16 @@ def merge(first: Reference, second: Reference) -> dict[str, Moments]:
     return {tap: one.merge(second.moments[tap]) for tap, one in first.moments.items()}
 
 
-def refuse_other_features(reference: Reference, protocol: Protocol) -> None:
+def refuse_other_features(statistics: Statistics, protocol: Protocol) -> None:
     """InputError where our own statistics were made by another network or resize than samples are.
 
     Foreign files do not say how they were made: there the user's word stands.
     """
-    for name in ("extractor", "extractor_digest", "resize") if reference.made else ():
-        have, want = getattr(reference.made, name), getattr(protocol, name)
+    for name in ("extractor", "extractor_digest", "resize") if statistics.made else ():
+        have, want = getattr(statistics.made, name), getattr(protocol, name)
         if have != want:
             raise InputError(
-                f"reference {reference.path} was made with {name} {have!r}, but the samples would "
+                f"reference {statistics.path} was made with {name} {have!r}, but the samples would "
                 f"be measured with {want!r}; make the reference anew, or evaluate as it was made"
             )
 
@@ -161,7 +162,7 @@ def _names(tap: str) -> tuple[str, str]:
 
 
 def _from_npz(path):
-    headers = npz.headers(path)
+    headers = files.headers(path)
     for name, header in headers.items():
         if name.startswith(("mu", "sigma", "ref_")) or "/" in name:
             _check_size(path, name, header.shape)
@@ -171,7 +172,7 @@ def _from_npz(path):
     for tap, spellings in NAMES.items():
         for mu, sigma in spellings:
             if mu in headers and sigma in headers:
-                arrays = npz.read_npz(path, mu, sigma)
+                arrays = files.read_npz(path, mu, sigma)
                 pairs.setdefault(tap, (arrays[mu], arrays[sigma]))
     return 0, pairs, {}, None
 
@@ -180,7 +181,7 @@ def _from_ours(path, headers):
     if headers["header"].dtype.kind != "U" or headers["header"].dtype.itemsize > 1 << 16:
         raise InputError(f"{path}: its header is no text; the file is damaged, make it anew")
     try:
-        header = json.loads(str(npz.read_npz(path, "header")["header"]))
+        header = json.loads(str(files.read_npz(path, "header")["header"]))
         version, num = header.pop("schema"), int(header.pop("num"))
         if version != SCHEMA:
             raise InputError(
@@ -193,7 +194,7 @@ def _from_ours(path, headers):
     for tap in sorted(name.removesuffix("/sum") for name in headers if name.endswith("/sum")):
         mu, sigma = _names(tap)
         names = (f"{tap}/n", f"{tap}/sum", f"{tap}/outer", mu, sigma)
-        n, total, outer, mean, covariance = npz.read_npz(path, *names).values()
+        n, total, outer, mean, covariance = files.read_npz(path, *names).values()
         agree = outer.shape == (*total.shape, *total.shape) and total.shape == mean.shape
         if not agree or int(n) != num or not np.allclose(total, n * mean, rtol=1e-9, atol=0):
             raise InputError(f"{path}: sums and mean of {tap!r} disagree; make it anew")
@@ -223,7 +224,7 @@ def _check_size(path, name, shape):
         )
 
 
-def _check(path, tap, mean, covariance) -> Gaussian:
+def _check(path, tap, mean, covariance) -> MeanCovariance:
     """f64, or InputError where it cannot be the mean and the covariance of anything."""
     mean, covariance = np.asarray(mean), np.asarray(covariance)
     kinds = mean.dtype.kind + covariance.dtype.kind
@@ -244,4 +245,4 @@ def _check(path, tap, mean, covariance) -> Gaussian:
             f"{path}, {tap!r}: the covariance has the negative eigenvalue {values[0]:.3g} beside "
             f"{values[-1]:.3g}; give another file"
         )
-    return Gaussian(mean, covariance)
+    return MeanCovariance(mean, covariance)

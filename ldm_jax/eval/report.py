@@ -1,19 +1,39 @@
-"""The report of a run: one self-contained HTML file of figures, images, curves and commands."""
+"""The report of a run: one self-contained HTML file of figures, images, curves and commands.
+
+`report.html` is the page and its style sheet; curves are inline SVG.
+"""
 
 import base64
+import math
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from numbers import Integral, Real
 from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import ldm_jax
-from ldm_jax.eval.images_out import png_bytes, write_atomically
-from ldm_jax.eval.report_curves import COLORS, Curve, curve_svg
+from ldm_jax.eval.images_out import png_bytes
+from ldm_jax.files import write_text
 
-STYLE = Path(__file__).with_name("report.css")
+PAGE = Path(__file__).with_name("report.html")
+COLORS = 6  # report.html names them --s0 to --s5
+WIDTH, HEIGHT = 460, 260  # of the drawing, in its own units; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 44  # margins around the axes
+POINTS = 300  # most points a line is drawn through
+
+
+class Curve(NamedTuple):
+    """One diagram; each of `series` is name -> (xs, ys), two equally long sequences of numbers."""
+
+    title: str
+    series: Mapping[str, tuple[Any, Any]]
+    log: bool = False  # logarithmic y axis; values that are not positive are left out
+    x_label: str = "step"
+    y_label: str = ""  # with its unit
 
 
 def write_report(
@@ -33,28 +53,24 @@ def write_report(
     uint8 [H,W,3]), `curves` the fields of `Curve`. Empty parts are left out. Raises InputError for
     an image that is not uint8 [H,W,3].
     """
-    parts = [
-        _section("Figures", _figures(figures)) if figures else "",
-        _section("Images", _images(images)) if images else "",
-        _section("Curves", _curves(curves)) if curves else "",
-        _section("Time", _timings(timings)) if timings else "",
-        _section("Commands", _commands(commands)) if commands else "",
-    ]
-    lead = f'<p class="lead">{escape(summary)}</p>' if summary else ""
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{STYLE.read_text('utf-8')}</style>\n</head>\n"
-        f"<body>\n<main>\n<header><h1>{escape(title)}</h1>{lead}</header>\n"
-        f"{''.join(parts)}<footer>ldm_jax {ldm_jax.__version__}</footer>\n</main>\n</body>\n"
-        "</html>\n"
+    sections = {
+        "Figures": _figures(figures) if figures else "",
+        "Images": _images(images) if images else "",
+        "Curves": _curves(curves) if curves else "",
+        "Time": _timings(timings) if timings else "",
+        "Commands": _commands(commands) if commands else "",
+    }
+    page = Template(PAGE.read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        lead=f'<p class="lead">{escape(summary)}</p>' if summary else "",
+        sections="".join(
+            f"<section>\n<h2>{name}</h2>\n{content}\n</section>\n"
+            for name, content in sections.items()
+            if content
+        ),
+        version=ldm_jax.__version__,
     )
-    write_atomically(path, lambda file: file.write(page.encode()))
-
-
-def _section(title, body):
-    return f"<section>\n<h2>{title}</h2>\n{body}\n</section>\n"
+    write_text(path, page)
 
 
 def _figures(figures):
@@ -63,10 +79,7 @@ def _figures(figures):
         f"<td>{escape(comment)}</td></tr>"
         for name, value, comment in figures
     )
-    return (
-        '<table>\n<thead><tr><th scope="col">Figure</th><th scope="col" class="value">Value</th>'
-        f'<th scope="col">Rule or comment</th></tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table>'
-    )
+    return _table(("Figure", "Value", "Rule or comment"), numbers=(1,), rows=rows)
 
 
 def _value(value):
@@ -125,12 +138,23 @@ def _timings(timings):
         f'<td class="value">{100 * shares[name]:.1f} %</td></tr>'
         for i, (name, seconds) in enumerate(timings.items())
     )
+    foot = (
+        f'\n<tfoot><tr><th scope="row">Total</th><td class="value">{_duration(total)}</td>'
+        '<td class="value"></td></tr></tfoot>'
+    )
+    names, style = ("Phase", "Time", "Share"), ' class="narrow"'
+    table = _table(names, numbers=(1, 2), rows=rows, foot=foot, style=style)
+    return f'<div class="bar" aria-hidden="true">{bar}</div>\n{table}'
+
+
+def _table(names, *, numbers, rows, foot="", style=""):
+    """`numbers` are the columns of numbers, which stand to the right."""
+    value = ' class="value"'
+    head = "".join(
+        f'<th scope="col"{value * (i in numbers)}>{name}</th>' for i, name in enumerate(names)
+    )
     return (
-        f'<div class="bar" aria-hidden="true">{bar}</div>\n<table class="narrow">\n<thead><tr>'
-        '<th scope="col">Phase</th><th scope="col" class="value">Time</th>'
-        f'<th scope="col" class="value">Share</th></tr></thead>\n<tbody>\n{rows}\n</tbody>\n'
-        f'<tfoot><tr><th scope="row">Total</th><td class="value">{_duration(total)}</td>'
-        '<td class="value"></td></tr></tfoot>\n</table>'
+        f"<table{style}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>{foot}\n</table>"
     )
 
 
@@ -145,3 +169,122 @@ def _duration(seconds):
 
 def _commands(commands):
     return "<pre><code>" + "\n".join(map(escape, commands)) + "</code></pre>"
+
+
+def curve_svg(curve: Curve) -> str:
+    """The diagram as an `<svg>` element; values that are not finite are left out.
+
+    A series of more than 300 points is drawn as the means of equal runs of points over a pale band
+    from the smallest to the largest value of each run.
+    """
+    lines = [_reduce(*_clean(xs, ys, curve.log)) for xs, ys in curve.series.values()]
+    drawn = [line for line in lines if len(line[0])]
+    if not drawn:
+        return '<p class="none">no data</p>'
+    left, right = min(x.min() for x, *_ in drawn), max(x.max() for x, *_ in drawn)
+    low, high = min(least.min() for *_, least, _ in drawn), max(most.max() for *_, most in drawn)
+    x_ticks = _ticks(left, right, 5, widen=False)
+    y_ticks = _log_ticks(low, high) if curve.log else _ticks(low, high, 5, widen=True)
+    to_x = _scale(*_nonzero(left, right), LEFT, WIDTH - RIGHT)
+    to_y = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP, log=curve.log)
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(curve.title)}">']
+    for tick in y_ticks:
+        y = to_y(tick)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        place = f'x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end"'
+        parts.append(f"<text {place}>{_number(tick)}</text>")
+    floor = HEIGHT - BOTTOM
+    for tick in x_ticks:
+        x = to_x(tick)
+        parts.append(f'<path class="axis" d="M{x:.1f} {floor}v5"/>')
+        place = f'x="{x:.1f}" y="{floor + 18}" text-anchor="middle"'
+        parts.append(f"<text {place}>{_number(tick)}</text>")
+    parts.append(f'<path class="axis" d="M{LEFT} {floor}H{WIDTH - RIGHT}"/>')
+    middle = f'x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle"'
+    parts.append(f"<text {middle}>{escape(curve.x_label)}</text>")
+    if curve.y_label:
+        turned = f'transform="translate(12 {(TOP + floor) / 2}) rotate(-90)" text-anchor="middle"'
+        parts.append(f"<text {turned}>{escape(curve.y_label)}</text>")
+    for i, (x, y, least, most) in enumerate(lines):
+        if not len(x):
+            continue
+        color = f"var(--s{i % COLORS})"
+        if not np.array_equal(least, most):
+            edge = np.concatenate([x, x[::-1]]), np.concatenate([most, least[::-1]])
+            parts.append(
+                f'<path class="band" style="fill:{color}" d="{_path(*edge, to_x, to_y)}Z"/>'
+            )
+        parts.append(f'<path class="line" style="stroke:{color}" d="{_path(x, y, to_x, to_y)}"/>')
+    return "".join([*parts, "</svg>"])
+
+
+def _clean(xs, ys, log):
+    x, y = np.asarray(xs, np.float64), np.asarray(ys, np.float64)
+    keep = np.isfinite(x) & np.isfinite(y)
+    if log:
+        keep &= y > 0
+    return x[keep], y[keep]
+
+
+def _reduce(x, y):
+    """(x, mean, least, most) over at most POINTS equal runs."""
+    runs = np.array_split(np.arange(len(x)), min(len(x), POINTS)) if len(x) else []
+    return (
+        np.array([x[r].mean() for r in runs]),
+        np.array([y[r].mean() for r in runs]),
+        np.array([y[r].min() for r in runs]),
+        np.array([y[r].max() for r in runs]),
+    )
+
+
+def _ticks(low, high, count, *, widen):
+    """Multiples of 1, 2 or 5 times a power of ten, about `count` of them.
+
+    With `widen` the first and last enclose the range; without it they lie inside.
+    """
+    low, high = _nonzero(low, high)
+    step = 10.0 ** math.floor(math.log10((high - low) / count))
+    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= count)
+    if widen:
+        first, last = math.floor(low / step), math.ceil(high / step)
+    else:
+        first, last = math.ceil(low / step), math.floor(high / step)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _log_ticks(low, high):
+    """Powers of ten that enclose the range; 1-2-5 steps where it spans at most two of them."""
+    first, last = math.floor(math.log10(low)), math.floor(math.log10(high)) + 1
+    if last - first > 2:
+        stride = -(-(last - first) // 6)
+        return [10.0**e for e in range(first, last + stride, stride)]
+    ticks = [m * 10.0**e for e in range(first - 1, last + 1) for m in (1, 2, 5)]
+    start = max(i for i, tick in enumerate(ticks) if tick <= low)
+    stop = min(i for i, tick in enumerate(ticks) if tick > high)
+    return ticks[start : stop + 1]
+
+
+def _nonzero(low, high):
+    """The range itself, or one around it when it is a single value."""
+    if high > low:
+        return low, high
+    margin = abs(low) * 0.1 or 1.0
+    return low - margin, high + margin
+
+
+def _scale(low, high, start, stop, log=False):
+    f = math.log10 if log else float
+    a, b = f(low), f(high)
+    return lambda v: start + (f(v) - a) / (b - a) * (stop - start)
+
+
+def _path(x, y, to_x, to_y):
+    return "M" + "L".join(f"{to_x(a):.1f} {to_y(b):.1f}" for a, b in zip(x, y, strict=True))
+
+
+def _number(value):
+    """A tick: thousands as k, tiny and huge values with an exponent."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{value:.3g}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
+    return f"{value / 1000:.6g}k" if size >= 10_000 else f"{value:.6g}"

@@ -23,8 +23,11 @@ def tf1_bilinear(x: jax.Array, size: int) -> jax.Array:
 def torch_bilinear(x: jax.Array, size: int) -> jax.Array:
     """Grid of half pixels, no antialiasing: pytorch-fid's."""
     half = np.float32(0.5)
-    centre = lambda target, scale: np.maximum((target + half) * scale - half, 0)  # noqa: E731
-    return _bilinear(x, size, centre)
+
+    def source(target, scale):
+        return np.maximum((target + half) * scale - half, 0)
+
+    return _bilinear(x, size, source)
 
 
 def pil_bicubic(x: jax.Array, size: int) -> jax.Array:

@@ -17,7 +17,7 @@ Features = dict[str, np.ndarray]  # tap -> f32 [n, D]
 GATHER_WORDS = 1 << 20  # a host gets so many uint32 words of every other one at a time
 
 
-def own_rows(num: int, process: int | None = None, processes: int | None = None) -> range:
+def process_rows(num: int, process: int | None = None, processes: int | None = None) -> range:
     """The samples [0, num) that this process measures: one contiguous part, the last ones shorter.
 
     Without arguments, of this process among those that jax.distributed joined.
@@ -71,15 +71,15 @@ def compile_features(
     return measure, rows
 
 
-def merge_hosts(own: Moments) -> Moments:
+def merge_hosts(moments: Moments) -> Moments:
     """The sum over all processes, in their order, so every one gets the same bits.
 
     All must call it. f64 crosses as words: process_allgather would round it to f32 silently.
     """
     if jax.process_count() == 1:
-        return own
-    counts = gather_exact(np.array([own.count], np.float64)).astype(np.int64)
-    total, outer = gather_sum(own.total), gather_sum(own.outer)
+        return moments
+    counts = gather_exact(np.array([moments.count], np.float64)).astype(np.int64)
+    total, outer = gather_sum(moments.total), gather_sum(moments.outer)
     return Moments(int(counts.sum()), total, outer)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import write_json
 from ldm_jax.interop import tensor_file
 from ldm_jax.interop.autoencoder_names import diffusers_names
 from ldm_jax.interop.names import to_theirs
@@ -165,7 +166,7 @@ def write_folder(
     fields = describe(config) | notes
     folder.mkdir(parents=True, exist_ok=True)
     tensor_file.write(folder / WEIGHTS, tensors)
-    (folder / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, fields)
 
 
 def describe(config: autoencoder.AutoencoderConfig) -> dict[str, Any]:

@@ -90,8 +90,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dicts -> {path: leaf}, paths joined by "/"."""
     if not isinstance(tree, Mapping):
         return {prefix: tree}
-    join = lambda name: f"{prefix}/{name}" if prefix else name  # noqa: E731
-    return {path: x for name, sub in tree.items() for path, x in flatten(sub, join(name)).items()}
+    start = f"{prefix}/" if prefix else ""
+    return {p: x for name, sub in tree.items() for p, x in flatten(sub, start + name).items()}
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,12 +117,12 @@ def _check_tensors(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[
         ],
     }
     if any(problems.values()):
-        told = "; ".join(
+        reasons = "; ".join(
             f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             for what, names in problems.items()
             if names
         )
         raise InputError(
-            f"the tensors do not fit the config: {told}; choose the config that they were "
+            f"the tensors do not fit the config: {reasons}; choose the config that they were "
             "trained with"
         )

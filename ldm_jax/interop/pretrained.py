@@ -7,7 +7,6 @@ archives are refused.
 """
 
 import functools
-import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.errors import InputError
-from ldm_jax.files import read_npz
+from ldm_jax.files import digest_arrays, read_npz, replacing, sha256
 from ldm_jax.interop import frozen_names, published, tensor_file, torch_file, vit_names
 from ldm_jax.interop.names import SAME, Entry, flatten, to_ours
 from ldm_jax.models.frozen import clip, dinov2, inception, vgg
@@ -111,7 +110,7 @@ def read(name: str, file: str = "") -> NetworkWeights:
             f"{path} is missing; `{command}` makes it (without a network, `{command} "
             f"--from={files}`), or {NETWORKS[name].without}"
         )
-    digests = _origin(path) or [published.sha256(path)]
+    digests = _origin(path) or [sha256(path)]
     known = published.is_published(name, digests)
     return NetworkWeights(convert(name, [path]), published.joined(digests), known)
 
@@ -130,8 +129,8 @@ def convert(name: str, paths: Sequence[Path]) -> Any:
     try:
         return from_tensors(name, tensors)
     except InputError as error:
-        told = ", ".join(map(str, paths))
-        raise InputError(f"{told}: {error}; those of {name} are expected") from error
+        names = ", ".join(map(str, paths))
+        raise InputError(f"{names}: {error}; those of {name} are expected") from error
 
 
 def from_tensors(name: str, tensors: Mapping[str, np.ndarray]) -> Any:
@@ -148,23 +147,12 @@ def from_tensors(name: str, tensors: Mapping[str, np.ndarray]) -> Any:
 
 
 def save(path: Path, params: Mapping[str, Any], origin: Mapping[str, str]) -> None:
-    """Writes our own file beside `path` and renames it; `origin` is {name of a file: sha256}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes our own file, whole or not at all; `origin` is {name of a file: sha256}."""
     arrays = {k: np.ascontiguousarray(v, np.float32) for k, v in flatten(params).items()}
-    told = ", ".join(f"{name} sha256:{digest}" for name, digest in origin.items())
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tensor_file.write(temporary, arrays, {"origin": told, "tensors": digest(arrays)})
-    temporary.replace(path)
-
-
-def digest(params: Mapping[str, Any]) -> str:
-    """sha256 hex of parameters themselves, for networks that come from no file."""
-    sha = hashlib.sha256()
-    for name, leaf in sorted(flatten(params).items()):
-        array = np.ascontiguousarray(leaf)
-        sha.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        sha.update(array)
-    return sha.hexdigest()
+    sources = ", ".join(f"{name} sha256:{digest}" for name, digest in origin.items())
+    metadata = {"origin": sources, "tensors": digest_arrays(arrays)}
+    with replacing(path) as temporary:
+        tensor_file.write(temporary, arrays, metadata)
 
 
 def check_readable(file: str | Path) -> None:
@@ -200,11 +188,11 @@ def _origin(path: Path) -> list[str]:
 
     Raises InputError where a tensor is not what it was when it was written.
     """
-    told = tensor_file.metadata(path) if path.suffix == ".safetensors" else {}
-    if "tensors" not in told:
+    metadata = tensor_file.metadata(path) if path.suffix == ".safetensors" else {}
+    if "tensors" not in metadata:
         return []
-    if digest(tensor_file.read_raw(path)) != told["tensors"]:
+    if digest_arrays(tensor_file.read_raw(path)) != metadata["tensors"]:
         raise InputError(
             f"{path} is damaged: its tensors changed since they were written; make it again"
         )
-    return re.findall(r"sha256:([0-9a-f]{64})", told.get("origin", ""))
+    return re.findall(r"sha256:([0-9a-f]{64})", metadata.get("origin", ""))

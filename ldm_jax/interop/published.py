@@ -4,12 +4,12 @@ A digest that we don't know for certain is "": such a file is taken with `--unve
 results then name the digest of what was taken.
 """
 
-import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import digest, sha256
 
 
 class Published(NamedTuple):
@@ -67,18 +67,10 @@ PUBLISHED = {
 }
 
 
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def joined(digests: Iterable[str]) -> str:
     """One digest for a network that comes in several files; that of one file is its own."""
     ordered = sorted(digests)
-    return (
-        ordered[0] if len(ordered) == 1 else hashlib.sha256("".join(ordered).encode()).hexdigest()
-    )
+    return ordered[0] if len(ordered) == 1 else digest("".join(ordered))
 
 
 def is_published(name: str, digests: Iterable[str]) -> bool:

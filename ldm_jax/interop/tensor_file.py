@@ -51,12 +51,12 @@ def to_f32(path: Path, name: str, array: np.ndarray) -> np.ndarray:
 
 
 def write(
-    path: Path, tensors: Mapping[str, np.ndarray], told: Mapping[str, str] = MADE_FOR_TORCH
+    path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] = MADE_FOR_TORCH
 ) -> None:
-    """Writes f32 tensors in the order of their names, and what is told about them."""
+    """Writes f32 tensors in the order of their names, and what the file says about itself."""
     # The format's writer takes an array's memory as it lies, whatever its strides say.
     arrays = {n: np.ascontiguousarray(tensors[n], np.float32) for n in sorted(tensors)}
-    save_file(arrays, path, metadata=dict(told))
+    save_file(arrays, path, metadata=dict(metadata))
 
 
 def _opened(path: Path):

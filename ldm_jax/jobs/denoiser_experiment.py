@@ -16,12 +16,12 @@ import numpy as np
 
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
+from ldm_jax.files import read_json, write_json
 from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
 from ldm_jax.runs.config_files import build, config_dict, load_config_file
 from ldm_jax.runs.denoiser import load_model
 from ldm_jax.runs.digit_judge import open_judge, sample_figures
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
-from ldm_jax.runs.workdir import read_json, write_json
 from ldm_jax.sampling.draw import draw_images
 from ldm_jax.sampling.options import SampleOptions, check_values
 from ldm_jax.sampling.program import check_steps

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import write_json
 from ldm_jax.models import autoencoder, denoiser
 from ldm_jax.runs.config_files import build, to_json
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
-from ldm_jax.runs.workdir import read_run, write_json
+from ldm_jax.runs.workdir import read_run
 from ldm_jax.sharding import MeshConfig, abstract_params, make_mesh
 from ldm_jax.train.checkpoint import Snapshots, save_params
 from ldm_jax.train.ema import coefficients, gamma_of

@@ -17,7 +17,7 @@ from ldm_jax.eval import evaluation as image_evaluation
 from ldm_jax.eval import judge as image_judge
 from ldm_jax.eval import published
 from ldm_jax.eval.first_stage import measure
-from ldm_jax.eval.measure import open_set
+from ldm_jax.eval.image_sets import open_set
 from ldm_jax.interop import pretrained
 from ldm_jax.runs import rebuilt as reconstruction_evaluation
 from ldm_jax.runs.config_files import build
@@ -119,7 +119,7 @@ def image_figures(workdir: Path, settings: SampleOptions, asked: Asked) -> Figur
         mesh=model.mesh,
         folder=Path(workdir) / "evaluation",
         num=settings.num,
-        own=sample_evaluation.reference_of(judge, model.first_stage),
+        reference=sample_evaluation.reference_of(judge, model.first_stage),
     )
     draw = sample_evaluation.compile_samples(model, settings, asked.labels)
     images = draw(model, Path(asked.keep) if asked.keep else None)

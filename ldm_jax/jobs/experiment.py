@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import read_json, write_json
 from ldm_jax.jobs import denoiser_experiment, evaluate, train_autoencoder
 from ldm_jax.runs.config_files import build, load_config_file
 from ldm_jax.runs.settings import AutoencoderRun
-from ldm_jax.runs.workdir import open_experiment, read_json, read_run, write_json
+from ldm_jax.runs.workdir import open_experiment, read_run
 
 Results = dict[str, list[dict[str, float]]]  # arm -> figures of each seed
 

@@ -1,19 +1,19 @@
 """`ldm import`: a first stage of another library becomes a run directory."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import sha256, write_json
 from ldm_jax.interop import compvis, diffusers
 from ldm_jax.interop.autoencoder_names import compvis_names, diffusers_names, shapes
 from ldm_jax.interop.names import to_ours
 from ldm_jax.runs import config_files, settings
 from ldm_jax.runs.config_files import to_json
-from ldm_jax.runs.workdir import describe, write_json
+from ldm_jax.runs.workdir import describe
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train import ema
 from ldm_jax.train.checkpoint import save_params
@@ -49,9 +49,7 @@ def run(source: Path, workdir: Path, config: str, overrides: list[str]) -> None:
         names, tensors = compvis_names(run_config.model), compvis.read_file(source)
         file, told = source, {"format": "CompVis"}
     params = to_ours(names, tensors, shapes(run_config.model))
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    imported = {"source": str(file), "sha256": digest, **told}
+    imported = {"source": str(file), "sha256": sha256(file), **told}
     record = describe("train-autoencoder", to_json(run_config), make_mesh(MeshConfig()), {})
     save_params(workdir, jax.tree.map(jax.numpy.asarray, params), 0, {"imported": imported})
     # Last, so that a workdir which has it is whole.

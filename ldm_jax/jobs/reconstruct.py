@@ -11,12 +11,12 @@ import numpy as np
 from ldm_jax.data import pixels
 from ldm_jax.data.folder import image_files, read_image
 from ldm_jax.errors import InputError
-from ldm_jax.eval.images_out import png_bytes, save_grid, write_atomically
+from ldm_jax.eval.images_out import png_bytes, save_grid
 from ldm_jax.eval.reconstruction import WINDOW, psnr, ssim
+from ldm_jax.files import write_bytes, write_json
 from ldm_jax.models import autoencoder
 from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.reconstruction import compile_reconstruction
-from ldm_jax.runs.workdir import write_json
 from ldm_jax.sharding import MeshConfig, make_mesh
 
 GRID, RECORD = "grid.png", "reconstruction.json"
@@ -64,8 +64,7 @@ def run(
             if not is_main:
                 continue
             for name, original, picture in zip(chunk, originals, rebuilt, strict=True):
-                data = png_bytes(picture)
-                write_atomically(part / targets[name], lambda file, data=data: file.write(data))
+                write_bytes(part / targets[name], png_bytes(picture))
                 rows[name] = _figures(original[None], picture[None])
                 if len(pairs) < 2 * SHOWN:
                     pairs += [original, picture]

@@ -1,8 +1,6 @@
 """`ldm sample`: a trained denoiser and its first stage to images."""
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +10,8 @@ import numpy as np
 
 from ldm_jax.errors import InputError
 from ldm_jax.eval.images_out import save_grid, save_npz
+from ldm_jax.files import digest_json, write_json
 from ldm_jax.runs.denoiser import load_model
-from ldm_jax.runs.workdir import write_json
 from ldm_jax.sampling.draw import draw_samples
 from ldm_jax.sampling.options import SampleOptions, check_values
 
@@ -60,8 +58,7 @@ def _check_writable(out: Path) -> None:
 
 def digest(settings: SampleOptions) -> str:
     """A short name of what was asked for, so that other settings never overwrite a result."""
-    text = json.dumps(dataclasses.asdict(settings), sort_keys=True)
-    return f"seed{settings.seed}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"seed{settings.seed}-{digest_json(dataclasses.asdict(settings))[:8]}"
 
 
 def grid_columns(settings: SampleOptions, labels: Sequence[int]) -> int:

@@ -1,12 +1,12 @@
 """`ldm weights`: published weights of a frozen network to the one file that our jobs read."""
 
 import http.client
-import os
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import replacing, sha256
 from ldm_jax.interop import pretrained, published
 from ldm_jax.interop.published import Published
 
@@ -38,7 +38,7 @@ def run(
     sources = list(files) or [fetch(name, part, out.parent) for part in parts]
     if not unverified:
         published.check(name, sources)
-    origin = {path.name: published.sha256(path) for path in sources}
+    origin = {path.name: sha256(path) for path in sources}
     pretrained.save(out, pretrained.convert(name, sources), origin)
     for path in sources:
         if not files and path.name not in kept:  # what the user has fetched stays
@@ -49,26 +49,21 @@ def run(
 def fetch(name: str, part: Published, folder: Path) -> Path:
     """Downloads a published file into `folder`; one of its digest that stands there is kept."""
     path = folder / part.file
-    if path.is_file() and published.sha256(path) == part.sha256:
+    if path.is_file() and sha256(path) == part.sha256:
         return path
     if path.exists() and not part.sha256:
         raise InputError(f"{path} is in the way of a download; give it with --from, or remove it")
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     print(f"fetching {part.url}", flush=True)
-    try:
+    with replacing(path) as temporary:
         with temporary.open("wb") as file:
             for chunk in _chunks(name, part):
                 file.write(chunk)
-        found = published.sha256(temporary)
+        found = sha256(temporary)
         if part.sha256 and found != part.sha256:
             raise InputError(
                 f"{part.url} arrived with the sha256 {found[:8]}.., not "
                 f"{part.sha256[:8]}..: try again, or get it elsewhere and give it with --from"
             )
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -1,7 +1,7 @@
 """A trained first stage as later jobs need it: settings, weights and what identifies them."""
 
 import dataclasses
-import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import digest_of
 from ldm_jax.models import autoencoder
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.settings import AutoencoderRun
@@ -57,10 +58,12 @@ def load_first_stage(
 
 def tree_hash(params: Any) -> str:
     """sha256 over names, shapes and values, in the order of the names."""
-    digest = hashlib.sha256()
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
-        array = np.ascontiguousarray(host_array(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()
+
+    def parts() -> Iterator[str | bytes]:
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        for path, leaf in sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])):
+            array = np.ascontiguousarray(host_array(leaf))
+            yield f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n"
+            yield array.tobytes()
+
+    return digest_of(parts())

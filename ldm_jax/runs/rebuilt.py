@@ -7,9 +7,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ldm_jax.data import images
-from ldm_jax.eval import evaluation as image_evaluation
-from ldm_jax.eval import judge as image_judge
-from ldm_jax.eval.measure import open_split
+from ldm_jax.eval import evaluation
+from ldm_jax.eval.image_sets import ImageStream, open_split
+from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.eval.statistics import local_rows, pad_rows
 from ldm_jax.runs.first_stage import load_first_stage, tree_hash
 from ldm_jax.runs.reconstruction import compile_forward, spread
@@ -20,7 +20,7 @@ BATCH = 128  # images rebuilt at a time over all devices, rounded up to the mesh
 
 def prepare(
     workdir: Path,
-    settings: image_judge.JudgeOptions,
+    settings: JudgeOptions,
     results: Path,
     mesh: Mesh,
     *,
@@ -37,8 +37,12 @@ def prepare(
     config = first_stage.run.images
     chosen = spread(len(images.open_images(config, "held_out", augment=False)), limit)
     originals = open_split(config, "held_out", chosen)
-    evaluation = image_evaluation.prepare(
-        settings, mesh=mesh, folder=workdir / "evaluation", num=originals.num, own=originals
+    prepared = evaluation.prepare(
+        settings,
+        mesh=mesh,
+        folder=workdir / "evaluation",
+        num=originals.num,
+        reference=originals,
     )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(BATCH, originals.num) // ways) * ways
@@ -52,13 +56,11 @@ def prepare(
     which = "ema" if first_stage.run.ema.decay else "params"
     which = which if weights == "auto" else weights
     digest = f"{originals.digest} by {tree_hash(first_stage.params)[:16]}"
-    rebuilt = image_judge.ImageStream(
-        originals.num, lambda rows: read, "the reconstructions", digest, rows
-    )
+    rebuilt = ImageStream(originals.num, lambda rows: read, "the reconstructions", digest, rows)
 
     def figures() -> dict[str, float]:
-        return image_evaluation.evaluate(
-            evaluation,
+        return evaluation.evaluate(
+            prepared,
             rebuilt,
             results,
             sampling={"images": originals.digest, "weights": which},

@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
+from ldm_jax.files import read_json, write_json
 from ldm_jax.runs.config_files import build, to_json
 
 PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -80,14 +80,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a workdir; InputError when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged ({error}); put back a copy, or delete it") from error
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
@@ -188,14 +180,6 @@ def _is_free(key: str, config: dict[str, Any]) -> bool:
     if key == "num_steps":
         return config.get("optim.schedule") != "cosine"
     return key.split(".")[0] in FREE_FIELDS
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Written beside and renamed, so that a killed process never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -5,15 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from ldm_jax.diffusion.process import make_process
-from ldm_jax.errors import InputError
-from ldm_jax.eval import labels as label_tables
+from ldm_jax.errors import InputError, choose, within
+from ldm_jax.eval.image_sets import ImageStream, open_split
 from ldm_jax.eval.images_out import png_bytes
-from ldm_jax.eval.judge import ImageStream, JudgeOptions
-from ldm_jax.eval.measure import open_split
+from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.eval.statistics import local_rows, pad_rows
+from ldm_jax.keys import example_keys, key_for
 from ldm_jax.runs.denoiser import Model
 from ldm_jax.runs.first_stage import FirstStage, tree_hash
 from ldm_jax.runs.settings import DenoiserRun
@@ -24,7 +25,8 @@ from ldm_jax.sharding import process_slice, put_batch
 
 # What of the settings does not belong to the protocol: how many at a time, and which weights.
 APART = ("num", "batch_size", "step", "weights")
-
+LABELS = ("balanced", "random")  # how classes are chosen
+CHUNK = 4096  # labels drawn at a time: one compilation, whatever the number of samples
 
 Draw = Callable[[Model, Path | None], ImageStream]
 
@@ -68,11 +70,34 @@ def compile_samples(model: Model, settings: SampleOptions, labels: str) -> Draw:
 def label_table(settings: SampleOptions, kind: str) -> Callable[[np.ndarray], np.ndarray]:
     """indices [n] -> classes int64 [n], of those that checked settings name; zeros where none."""
     classes = np.asarray(settings.classes or (0,), np.int64)
-    if kind not in ("balanced", "random"):
-        raise InputError(f"labels {kind!r} is unknown; choose one of ('balanced', 'random')")
-    return lambda index: classes[
-        label_tables.table(kind, settings.seed, np.asarray(index, np.int64), len(classes))
-    ]
+    choose("labels", kind, LABELS)
+    return lambda index: classes[class_labels(kind, settings.seed, index, len(classes))]
+
+
+def class_labels(kind: str, seed: int, indices: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [n] in [0, num_classes): the classes of the samples `indices` [n].
+
+    "balanced": the classes in turn, so that any run of them has each equally often, give or take
+    one. "random": uniform and independent. The two differ by about 0.1 FID on ImageNet.
+    """
+    choose("labels", kind, LABELS)
+    within("num_classes", num_classes, "[1, inf)")
+    indices = np.asarray(indices, np.int64)
+    if kind == "balanced":
+        return indices % num_classes
+    labels = [np.zeros(0, np.int64)]
+    for start in range(0, len(indices), CHUNK):
+        part = indices[start : start + CHUNK]
+        padded = np.pad(part, (0, CHUNK - len(part)))
+        drawn = _draw_labels(seed, padded.astype(np.uint32), num_classes)
+        labels.append(np.asarray(drawn, np.int64)[: len(part)])
+    return np.concatenate(labels)
+
+
+@jax.jit
+def _draw_labels(seed, indices, num_classes):
+    keys = example_keys(key_for(seed, "evaluation_labels"), indices)
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, num_classes))(keys)
 
 
 def labels_kind(run: DenoiserRun, labels: str) -> str:

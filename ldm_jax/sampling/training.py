@@ -52,7 +52,7 @@ def hook(
         mesh=mesh,
         folder=Path(workdir) / "evaluation",
         num=how.num,
-        own=sample_evaluation.reference_of(how.judge, first_stage),
+        reference=sample_evaluation.reference_of(how.judge, first_stage),
     )
     sampling = sample_evaluation.sampling(check_options(settings, model), model)
 

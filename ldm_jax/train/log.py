@@ -21,6 +21,8 @@ from PIL import Image
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from ldm_jax.files import write_text
+
 
 class Meter:
     """Means of metrics since the last log line; its content goes into checkpoints.
@@ -173,9 +175,7 @@ def _truncate(path: Path, last_step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue  # the torn last line of a killed run
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(line + "\n" for line in kept))
 
 
 def read_metrics(workdir: Path) -> list[dict[str, float]]:

@@ -4,7 +4,8 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax.data.fields import LABEL, Field
-from ldm_jax.data.sources import Source, digest
+from ldm_jax.data.sources import Source
+from ldm_jax.files import digest_json
 
 RESOLUTION, WIDE, HIGH, COUNT = 8, 21, 8, 24  # the pictures' short side is not resized
 SEMANTIC = Field("semantic", (RESOLUTION, RESOLUTION), "int32", "flip")
@@ -40,4 +41,4 @@ def source(*fields: Field, **changes) -> Source:
         examples = [{**example(int(i)), **changes} for i in indices]
         return [{k: v for k, v in e.items() if v is not None} for e in examples]
 
-    return Source(COUNT, ("a", "b", "c"), fields or FIELDS, digest("toy"), load)
+    return Source(COUNT, ("a", "b", "c"), fields or FIELDS, digest_json("toy"), load)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.eval import accumulate as accumulation
-from ldm_jax.eval import labels, protocol, statistics
+from ldm_jax.eval import protocol, statistics
+from ldm_jax.sampling.judged import class_labels
 from ldm_jax.sharding import MeshConfig, make_mesh
 
 NUM, BLOCK, CLASSES = 141, 4, 10
@@ -45,7 +46,7 @@ def weights():
 
 def pictures(indices):
     """Image i, uint8 [n,8,8,3], from its index and its label alone."""
-    classes = labels.table("random", 5, indices, CLASSES)
+    classes = class_labels("random", 5, indices, CLASSES)
     parts = [np.zeros((0, 8, 8, 3), np.uint8)]
     for i, c in zip(indices, classes, strict=True):
         parts.append(np.random.default_rng([c, i]).integers(1, 256, (1, 8, 8, 3), dtype=np.uint8))

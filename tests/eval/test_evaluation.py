@@ -1,6 +1,7 @@
 """Sets of images by a frozen network: figures against those of features taken by hand."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -9,12 +10,10 @@ from PIL import Image
 
 from ldm_jax import cli
 from ldm_jax.errors import InputError
-from ldm_jax.eval import evaluation as image_evaluation
-from ldm_jax.eval import frechet, inception_score, neighbours
-from ldm_jax.eval import judge as image_judge
+from ldm_jax.eval import evaluation, frechet, inception_score, judge, neighbours
 from ldm_jax.eval.evaluation import evaluate, prepare
 from ldm_jax.eval.frechet import Moments
-from ldm_jax.eval.measure import open_set
+from ldm_jax.eval.image_sets import open_set
 from ldm_jax.sharding import MeshConfig, make_mesh
 from tests.judged import ADM, RANDOM, digits, features, images_of, judges, one_device, plain  # noqa: F401
 
@@ -52,8 +51,8 @@ def adm_like(measured, held):
 def figures_of(path, reference, folder, settings=RANDOM, **change):
     settings = dataclasses.replace(settings, reference=str(reference), **change)
     images = open_set(str(path))
-    evaluation = prepare(settings, mesh=one_device(), folder=folder, num=images.num)
-    return evaluate(evaluation, images, folder / "results.jsonl")
+    prepared = prepare(settings, mesh=one_device(), folder=folder, num=images.num)
+    return evaluate(prepared, images, folder / "results.jsonl")
 
 
 def test_a_set_against_itself(halves, tmp_path):
@@ -123,15 +122,18 @@ def test_neighbours_are_by_the_second_network_where_a_preset_has_one(pictures, h
 
 
 def test_weights_that_nobody_published_are_named_so(pictures, tmp_path, monkeypatch):
-    read = image_judge.read_weights
-    other = lambda name, file: read(name, file)._replace(published=name != "vgg16")  # noqa: E731
-    monkeypatch.setattr(image_judge, "read_weights", other)
+    read = judge.read_weights
+
+    def read_others(name, file):
+        return read(name, file)._replace(published=name != "vgg16")
+
+    monkeypatch.setattr(judge, "read_weights", read_others)
     settings = dataclasses.replace(
         ADM, preset="torch_fidelity", metrics=("fid", "precision_recall")
     )
     mesh, images = one_device(), images_of(pictures)
-    evaluation = prepare(settings, mesh=mesh, folder=tmp_path, num=images.num, own=images)
-    names = list(evaluate(evaluation, images, tmp_path / "results.jsonl"))
+    prepared = prepare(settings, mesh=mesh, folder=tmp_path, num=images.num, reference=images)
+    names = list(evaluate(prepared, images, tmp_path / "results.jsonl"))
     assert [name.split("-")[:2] for name in names] == [
         [f"{metric}{2 * N}", "custom"] for metric in ("frechet", "precision", "recall")
     ]
@@ -154,8 +156,8 @@ def test_published_figures_are_printed_below_ours(halves, tmp_path, capsys, data
 def test_an_inception_score_takes_no_reference(pictures, tmp_path):
     settings = dataclasses.replace(ADM, metrics=("inception_score",))
     images = images_of(pictures)
-    evaluation = prepare(settings, mesh=one_device(), folder=tmp_path, num=images.num)
-    (score, _) = evaluate(evaluation, images, tmp_path / "results.jsonl").values()
+    prepared = prepare(settings, mesh=one_device(), folder=tmp_path, num=images.num)
+    (score, _) = evaluate(prepared, images, tmp_path / "results.jsonl").values()
     want = inception_score.inception_score_adm(features("inception", pictures)["logits_unbiased"])
     assert score == pytest.approx(want[0], rel=1e-5)
     with pytest.raises(InputError, match="nothing to compare with; name it with --reference"):
@@ -165,10 +167,10 @@ def test_an_inception_score_takes_no_reference(pictures, tmp_path):
 def test_figures_do_not_depend_on_the_devices(pictures, tmp_path):
     images, real = images_of(pictures), images_of(pictures[:N], "real")
     for mesh in (one_device(), make_mesh(MeshConfig())):
-        evaluation = prepare(
-            RANDOM, mesh=mesh, folder=tmp_path / f"{mesh.size}", num=2 * N, own=real
+        prepared = prepare(
+            RANDOM, mesh=mesh, folder=tmp_path / f"{mesh.size}", num=2 * N, reference=real
         )
-        figures = evaluate(evaluation, images, tmp_path / f"{mesh.size}.jsonl")
+        figures = evaluate(prepared, images, tmp_path / f"{mesh.size}.jsonl")
         if mesh.size == 1:
             want = figures
     assert figures == pytest.approx(want, rel=1e-6)
@@ -177,22 +179,118 @@ def test_figures_do_not_depend_on_the_devices(pictures, tmp_path):
 def test_a_singular_covariance_is_refused_unless_allowed(pictures, tmp_path, monkeypatch):
     settings = dataclasses.replace(RANDOM, metrics=("fid",))
     few = dataclasses.replace(settings, allow_few=True)
-    own = images_of(pictures)
-    begin = lambda settings, num, own: image_evaluation.prepare(  # noqa: E731
-        settings, mesh=one_device(), folder=tmp_path, num=num, own=own
-    )
+    real = images_of(pictures)
+
+    def begin(settings, num, reference):
+        prepare(settings, mesh=one_device(), folder=tmp_path, num=num, reference=reference)
+
     with pytest.raises(InputError, match="what is judged: 6 images for 6 features"):
-        begin(settings, 6, own)
-    begin(settings, 7, own)
-    begin(few, 6, own)
+        begin(settings, 6, real)
+    begin(settings, 7, real)
+    begin(few, 6, real)
     with pytest.raises(InputError, match="the reference: 6 images for 6 features"):
         begin(settings, 7, images_of(pictures[:6]))
     infinite = dataclasses.replace(settings, metrics=("fid_infinity",))
     many = images_of(np.tile(pictures, (2, 1, 1, 1)))
     begin(infinite, 150, many)
-    monkeypatch.setattr(image_evaluation, "smallest_part", lambda num: num // 25)
+    monkeypatch.setattr(evaluation, "smallest_part", lambda num: num // 25)
     with pytest.raises(
         InputError, match=r"smallest part that fid_infinity takes .* 6 images for 6"
     ):
         begin(infinite, 150, many)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_reference_is_measured_once_for_what_is_asked_of_it(pictures, tmp_path):
+    images, calls = images_of(pictures), []
+    real = images_of(pictures[:N], "real")
+    counted = dataclasses.replace(real, open=lambda rows: calls.append(rows) or real.open(rows))
+    results, times = [], []
+    for metrics in (("fid",), (), (), ("fid",), ("inception_score",)):
+        settings = dataclasses.replace(ADM, metrics=metrics)
+        prepared = prepare(
+            settings, mesh=one_device(), folder=tmp_path, num=2 * N, reference=counted
+        )
+        results.append(evaluate(prepared, images, tmp_path / "results.jsonl"))
+        times.append(len(calls))
+    assert times == [1, 2, 2, 2, 2]
+    assert results[0] == results[3] and results[1] == results[2]
+    assert results[1].items() >= {**results[0], **results[4]}.items()
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["figures"] for line in lines] == results
+    assert lines[0]["protocol"]["sampling"]["reference"] == real.digest
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Every call's features are saved."""
+    saving = functools.partial(evaluation.accumulate, save_every=1, save_seconds=0.0)
+    monkeypatch.setattr(evaluation, "accumulate", saving)
+
+
+@pytest.mark.usefixtures("often")
+def test_a_stopped_evaluation_goes_on_bit_for_bit(pictures, tmp_path):
+    images, real = images_of(pictures), images_of(pictures[::-1], "reversed")
+    asked = []
+
+    def stopping(after):
+        def read(indices):
+            if len(asked) == after:
+                raise Broken
+            asked.append(indices)
+            return pictures[indices]
+
+        return dataclasses.replace(images, open=lambda rows: read)
+
+    def begin(folder):
+        return prepare(RANDOM, mesh=one_device(), folder=folder, num=images.num, reference=real)
+
+    want = evaluate(begin(tmp_path / "whole"), images, tmp_path / "whole.jsonl")
+    with pytest.raises(Broken):
+        evaluate(begin(tmp_path / "stopped"), stopping(3), tmp_path / "stopped.jsonl")
+    assert len(asked) == 3 and not (tmp_path / "stopped.jsonl").exists()
+    got = evaluate(begin(tmp_path / "stopped"), stopping(None), tmp_path / "stopped.jsonl")
+    assert got == want
+    np.testing.assert_array_equal(np.concatenate(asked), np.arange(len(pictures)))
+    # The features are gone with the figures, the reference's stay for the next evaluation.
+    (left,) = (tmp_path / "stopped").iterdir()
+    assert left.name.startswith("reference-")
+
+
+def test_a_reference_by_another_network_is_refused_before_any_work(pictures, tmp_path, monkeypatch):
+    def begin(reference, settings=ADM, **change):
+        change |= {"reference": str(tmp_path / reference)}
+        settings = dataclasses.replace(settings, **change)
+        prepare(settings, mesh=one_device(), folder=tmp_path / "x", num=2 * N)
+
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(7), sigma=np.eye(7))
+    with pytest.raises(InputError, match="'2048' has 7 features, but the samples' network has 6"):
+        begin("wide.npz")
+    with pytest.raises(InputError, match=r"'sfid': it takes .* statistics of 'spatial2023' or im"):
+        begin("wide.npz", metrics=("fid", "sfid"))
+    np.savez(tmp_path / "set.npz", arr_0=pictures)
+    settings = dataclasses.replace(ADM, preset="custom", extractor="inception")
+    pictures = open_set(str(tmp_path / "set.npz"))
+    out = tmp_path / "ours.npz"
+    evaluation.write_statistics(settings, pictures, mesh=one_device(), out=out)
+    begin("ours.npz")  # the same network, resize and weights: the preset's name makes no odds
+    with pytest.raises(InputError, match=r"was made with resize 'tf1_bilinear', but .* 'pil_bicu"):
+        begin("ours.npz", preset="clean")
+    read = judge.read_weights
+
+    def read_others(name, file):
+        return read(name, file)._replace(digest="0" * 64)
+
+    monkeypatch.setattr(judge, "read_weights", read_others)
+    with pytest.raises(InputError, match=r"ours.npz was made with extractor_digest '.*', but"):
+        begin("ours.npz")
+    with pytest.raises(
+        InputError, match=r"no metric can be had; 'fid': .* of 'quarters' or images"
+    ):
+        begin("ours.npz", RANDOM)
+    assert not (tmp_path / "x").exists()
+    assert not list(tmp_path.glob(".*"))  # nothing is left of making statistics

@@ -47,7 +47,10 @@ def weights(shapes):
 def small_features():
     """{network: its features} with few channels and small images; one compilation each."""
     tokens = np.array([[9, 2, 3, 10, 0], [9, 10, 0, 0, 0]], np.int32)
-    run = lambda f, p, x: jax.device_get(jax.jit(f)(p, x))  # noqa: E731
+
+    def run(network, params, x):
+        return jax.device_get(jax.jit(network)(params, x))
+
     x = {side: pictures(side).astype(np.float32) for side in (8, 16, 75)}
     with pytest.MonkeyPatch.context() as patch:
         frozen.narrow(patch)
@@ -61,7 +64,7 @@ def small_features():
         "clip_image": run(lambda p, x: clip.image_features(CLIP, p, x), params, x[8]),
         "clip_text": run(lambda p, t: clip.text_features(CLIP, p, t), params, tokens),
         "dinov2": run(lambda p, x: dinov2.apply(DINO, p, x), weights(dinov2.shapes(DINO)), x[16]),
-        "quarters": run(random_conv.apply, random_conv.own_params(), pictures(16))["quarters"],
+        "quarters": run(random_conv.apply, random_conv.init(), pictures(16))["quarters"],
     }
 
 
@@ -121,7 +124,7 @@ def test_no_product_is_rounded_on_an_accelerator(name):
 
 
 def test_extractors_with_files_are_those_that_can_be_fetched():
-    with_files = {name for name, e in EXTRACTORS.items() if e.own_params is None}
+    with_files = {name for name, e in EXTRACTORS.items() if e.init is None}
     assert with_files == pretrained.NETWORKS.keys() - {"lpips"}
     for name in with_files:
         assert jax.tree.structure(EXTRACTORS[name].shapes()) == jax.tree.structure(
@@ -131,7 +134,10 @@ def test_extractors_with_files_are_those_that_can_be_fetched():
 
 def test_the_networks_are_of_the_published_sizes():
     """Numbers of parameters that the publications and their files have."""
-    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+
+    def count(tree):
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
     assert count(clip.shapes(clip.VIT_B32)) == 151_277_313 - 1  # the logits' scale
     assert count(clip.shapes(clip.VIT_L14_336)) == 427_944_193 - 1
     assert count(dinov2.shapes(dinov2.VIT_L14)) == 304_368_640 - 1024  # the mask token
@@ -140,11 +146,11 @@ def test_the_networks_are_of_the_published_sizes():
 
 def test_images_that_were_not_rounded_are_refused():
     extractor = EXTRACTORS["random-conv"]
-    params = extractor.own_params()
+    params = extractor.init()
     for images in (np.zeros((1, 8, 8, 3), np.float32), np.zeros((8, 8, 3), np.uint8)):
         with pytest.raises(InputError, match=r"the rule is uint8 \[B,H,W,3\]"):
             extractor.apply(params, images)
-    with pytest.raises(InputError, match="'lanczos' is unknown; choose one of tf1_bilinear"):
+    with pytest.raises(InputError, match=r"'lanczos' is unknown; choose one of \['tf1_bilinear"):
         extractor.apply(params, pictures(8), "lanczos")
 
 

@@ -16,7 +16,8 @@ def test_blocks_cover_every_row_once():
 
 def test_features_come_back_unchanged_and_uncopied():
     x = np.ones((4, 2), np.float32)
-    assert checked(x) is x and checked(jnp.asarray(x)).dtype == np.float32
+    assert checked(x) is x and checked(x, 4) is x
+    assert checked(jnp.asarray(x)).dtype == np.float32
 
 
 def test_every_bad_row_is_counted_in_any_block(monkeypatch):

@@ -25,7 +25,10 @@ def same(images):
 
 def test_figures_do_not_depend_on_the_batches():
     images = pictures(11)
-    lpips = lambda x, y: np.abs(x.astype(float) - y).mean((1, 2, 3))  # noqa: E731
+
+    def lpips(x, y):
+        return np.abs(x.astype(float) - y).mean((1, 2, 3))
+
     whole = measure(blur, [images], lpips=lpips)
     parts = measure(blur, [images[:3], images[3:4], images[4:]], lpips=lpips)
     assert set(whole) == {*("psnr_db", "psnr_db_std", "ssim", "sharpness", "lpips", "num_images")}

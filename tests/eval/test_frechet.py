@@ -158,6 +158,11 @@ def test_extrapolation_refuses_too_few_images():
         extrapolated(features(60, 5), reference, 0, smallest=20)
     with pytest.raises(InputError, match="not finite"):
         extrapolated(features(60, 4) * np.nan, reference, 0, smallest=20)
+    with pytest.raises(InputError, match="1 sizes from 20 to 60 images"):
+        extrapolated(features(60, 4), reference, 0, smallest=20, points=1)
+    with pytest.raises(InputError, match="15 sizes from 47 to 60 images"):
+        extrapolated(features(60, 4), reference, 0, smallest=47)
+    assert extrapolated(features(60, 4), reference, 0, smallest=46).sizes == (*range(46, 61),)
 
 
 def test_statistics_that_are_none_are_refused():

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval.images_out import grid, load_npz, png_bytes, save_grid, save_npz, write_atomically
+from ldm_jax.eval.images_out import grid, load_npz, png_bytes, save_grid, save_npz
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 4, 3), dtype=np.uint8)
 
@@ -47,26 +47,6 @@ def test_npz_has_the_names_and_types_of_adm(tmp_path):
     save_npz(IMAGES, np.arange(5), tmp_path / "samples.npz")
     with np.load(tmp_path / "samples.npz", allow_pickle=False) as file:
         assert {k: v.dtype for k, v in file.items()} == {"arr_0": np.uint8, "arr_1": np.int64}
-
-
-def test_old_file_stays_whole_when_writing_fails(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def broken(file):
-        file.write(b"half of the n")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, broken)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_written_file_is_as_readable_as_any_other(tmp_path):
-    write_atomically(tmp_path / "ours", lambda file: file.write(b"x"))
-    (tmp_path / "plain").write_bytes(b"x")
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,10 @@ def features(n, d=16, seed=0, shift=0.0, dtype=np.float64):
 
 def by_loops(x, y):
     """The unbiased estimate, pair by pair as in the definition."""
-    k = lambda a, b: (a @ b / len(a) + 1) ** 3  # noqa: E731
+
+    def k(a, b):
+        return (a @ b / len(a) + 1) ** 3
+
     n, m = len(x), len(y)
     xx = sum(k(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
     yy = sum(k(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
@@ -78,9 +81,12 @@ def test_subsets_are_a_function_of_the_seed_alone():
     assert first[1] > 0
 
 
+def unit(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
 def test_cmmd_is_ten_times_the_squared_distance_of_the_mean_embeddings():
     x, y = features(300, 32), features(200, 32, 1, shift=0.3)
-    unit = lambda z: z / np.linalg.norm(z, axis=1, keepdims=True)  # noqa: E731
     near = 10 * np.sum((unit(x).mean(0) - unit(y).mean(0)) ** 2)
     assert near > 0.1
     assert cmmd(x, y) == pytest.approx(near, rel=1e-2)
@@ -89,12 +95,20 @@ def test_cmmd_is_ten_times_the_squared_distance_of_the_mean_embeddings():
 
 def test_cmmd_is_its_definition_and_ignores_lengths():
     x, y = features(9, 5), features(6, 5, 1)
-    unit = lambda z: z / np.linalg.norm(z, axis=1, keepdims=True)  # noqa: E731
-    k = lambda a, b: np.exp(-((unit(a)[:, None] - unit(b)[None]) ** 2).sum(-1) / 200).mean()  # noqa: E731
+
+    def k(a, b):
+        return np.exp(-((unit(a)[:, None] - unit(b)[None]) ** 2).sum(-1) / 200).mean()
+
     expected = 1000 * (k(x, x) + k(y, y) - 2 * k(x, y))
     assert cmmd(x, y) == pytest.approx(expected, rel=1e-9)
     assert cmmd(3 * x, y * np.arange(1, 7)[:, None]) == pytest.approx(expected, rel=1e-9)
     assert cmmd(x, x) == pytest.approx(0, abs=1e-12)
+
+
+def test_two_images_of_either_set_are_enough_for_an_estimate():
+    x, y = features(2), features(2, seed=1)
+    mean, std = kid(x, y, subsets=3, subset_size=2)
+    assert mean == pytest.approx(by_loops(x, y), rel=1e-12) and std < 1e-12
 
 
 @pytest.mark.parametrize(

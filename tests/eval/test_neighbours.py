@@ -54,9 +54,14 @@ def test_distances_of_copies_are_equal_in_any_block(block):
     # and on its surface the fifth.
     real = features(300, 64) * 7 + 100
     assert density_coverage(real, real[::-1], k=5, block=block) == (1, 1)
-    sixfold = np.tile(real[:50], (6, 1))  # every radius is 0: a ball that holds its copies alone
-    assert density_coverage(sixfold, real[:50][::-1], k=5, block=block) == (0, 0)
-    assert precision_recall(sixfold, real[:50][::-1], k=5, block=block)[0] == 1
+    for copied in (real[:50], features(50, 999) * 3 + 1000):  # the latter's lengths lose digits
+        check_copies(copied, block)
+
+
+def check_copies(real, block):
+    sixfold = np.tile(real, (6, 1))  # every radius is 0: a ball that holds its copies alone
+    assert density_coverage(sixfold, real[::-1], k=5, block=block) == (0, 0)
+    assert precision_recall(sixfold, real[::-1], k=5, block=block)[0] == 1
 
 
 @pytest.mark.parametrize("block", [1, 7, 30, 64])

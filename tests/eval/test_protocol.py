@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval import labels, protocol
+from ldm_jax.eval import protocol
 
 PUBLISHED = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
@@ -20,7 +20,9 @@ def make(preset="adm", **changes):
         "labels": "random",
         "sampling": {"guidance": 1.5, "sampler": "ddim", "steps": 250, "seed": 0},
     }
-    return protocol.make(preset, **fields | changes)
+    rules = protocol.PRESETS.get(preset, protocol.PRESETS["adm"])
+    fields |= {name: getattr(rules, name) for name in ("extractor", "tap", "resize")}
+    return protocol.Protocol(preset=preset, **fields | changes)
 
 
 def test_name_has_metric_number_preset_and_hash():
@@ -107,29 +109,3 @@ def test_a_torn_results_file_is_refused(tmp_path):
     path.write_text('{"figures": {}}\n{"figures"')
     with pytest.raises(InputError, match="line 2 is no JSON object"):
         protocol.append(path, make(), {"fid": 1.0})
-
-
-@pytest.mark.parametrize("kind", ["balanced", "random"])
-def test_label_of_a_sample_depends_on_seed_and_index_alone(kind):
-    whole = labels.table(kind, 3, np.arange(5000), 10)
-    some = np.array([4999, 17, 4096, 0, 17])
-    np.testing.assert_array_equal(labels.table(kind, 3, some, 10), whole[some])
-    assert whole.dtype == np.int64 and whole.min() == 0 and whole.max() == 9
-    assert len(labels.table(kind, 3, some[:0], 10)) == 0
-
-
-def test_balanced_labels_are_even_in_any_run_and_random_ones_are_not():
-    even = np.bincount(labels.table("balanced", 0, np.arange(13, 1018), 10))
-    assert even.max() - even.min() <= 1
-    drawn = labels.table("random", 0, np.arange(10_000), 10)
-    counts = np.bincount(drawn)
-    assert 20 < counts.std() < 60  # 30 for independent draws
-    assert np.mean(drawn[1:] == drawn[:-1]) == pytest.approx(0.1, abs=0.01)
-    assert (drawn != labels.table("random", 1, np.arange(10_000), 10)).mean() > 0.8
-
-
-def test_labels_without_classes_are_refused():
-    with pytest.raises(InputError, match="'none'"):
-        labels.table("none", 0, np.arange(3), 10)
-    with pytest.raises(InputError, match="num_classes 0"):
-        labels.table("random", 0, np.arange(3), 0)

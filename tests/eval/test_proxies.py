@@ -13,14 +13,14 @@ import pytest
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
-from ldm_jax.eval import digits, neighbours, random_conv, sliced
+from ldm_jax.eval import digits, neighbours, random_conv
 from ldm_jax.eval.frechet import Gaussian, Moments
 from ldm_jax.models import classifier
 
 N = 599  # images in every set: figures of unequal sizes do not compare
 FACTOR = 2.0  # a distance is caught above this multiple of the floor
 MARGIN = 0.15  # precision, recall, density and coverage are caught this far below the floor
-DISTANCES = ("pixel FD", "classifier FD", "random-conv FD", "sliced W2")
+DISTANCES = ("pixel FD", "classifier FD", "random-conv FD")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,6 @@ class Reference:
         pixels, *others = self.features(images)
         fits = [Gaussian.fitted(Moments.of(x)) for x in (pixels, *others)]
         found = [a.distance(b) for a, b in zip(self.fits, fits, strict=True)]
-        found += [sliced.sliced_distance(self.pixels, pixels, seed=0, directions=100)]
         found += neighbours.precision_recall(self.pixels, pixels)
         found += neighbours.density_coverage(self.pixels, pixels)
         names = (*DISTANCES, "precision", "recall", "density", "coverage")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm_jax import files as npz
+from ldm_jax import files
 from ldm_jax.errors import InputError
 from ldm_jax.eval import frechet, image_sets, protocol, references
 from ldm_jax.eval.frechet import Moments
@@ -46,7 +46,7 @@ def test_statistics_of_other_tools_are_read(tmp_path, names, dtype):
     mu, sigma = gaussian(6, dtype=dtype)
     np.savez(tmp_path / "stats.npz", **{names[0]: mu, names[1]: sigma})
     found = references.load(tmp_path / "stats.npz")
-    assert found.sha256 == npz.sha256(tmp_path / "stats.npz") and found.num == 0
+    assert found.sha256 == files.sha256(tmp_path / "stats.npz") and found.num == 0
     one = found.gaussian("2048", 6)
     assert one.mean.dtype == one.covariance.dtype == np.float64
     np.testing.assert_array_equal(one.mean, mu)

@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval.report import write_report
-from ldm_jax.eval.report_curves import Curve, curve_svg
+from ldm_jax.eval.report import Curve, curve_svg, write_report
 
 VOID = {"meta", "img"}
 GRID = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)

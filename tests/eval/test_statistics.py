@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval import accumulate, feature_store, statistics
+from ldm_jax.eval import accumulate, statistics
 from ldm_jax.eval.frechet import Moments
 from tests.eval import statistics_worker as tiny
 
@@ -42,7 +42,7 @@ def bits(moments):
 
 
 def kept(folder):
-    return {tap: np.array(feature_store.read_features(folder, tap)) for tap in tiny.WIDTHS}
+    return {tap: np.array(accumulate.read_features(folder, tap)) for tap in tiny.WIDTHS}
 
 
 def assert_same_features(a, b):
@@ -91,7 +91,7 @@ def test_killed_twice_and_resumed_equals_unbroken(unbroken, tmp_path):
         (saved,) = tmp_path.glob("partial-*.npz")
         assert saved.stem.endswith(f"-{position:010d}")
         with pytest.raises(InputError, match="has no whole features"):
-            feature_store.read_features(tmp_path, "pool")
+            accumulate.read_features(tmp_path, "pool")
     assert list(tmp_path.glob(".*.part"))
     calls = []
     moments, state = tiny.evaluate(tmp_path, jax.devices()[:1], calls.append)
@@ -137,7 +137,7 @@ def test_two_processes_equal_one(unbroken, tmp_path):
 
 def test_parts_of_all_processes_are_the_samples():
     for num, processes in ((141, 2), (5, 8), (8, 8), (1, 3)):
-        parts = [statistics.own_rows(num, p, processes) for p in range(processes)]
+        parts = [statistics.process_rows(num, p, processes) for p in range(processes)]
         assert [i for part in parts for i in part] == list(range(num))
         assert max(map(len, parts)) == len(parts[0])
 
@@ -173,7 +173,11 @@ def test_blocks_are_summed_while_the_next_features_come(unbroken, tmp_path, monk
     """The sums of a block wait until the last call of the next block has begun."""
     begun, in_time = threading.Semaphore(0), []
     slowed(monkeypatch, lambda: in_time.append(begun.acquire(timeout=10)))
-    each = lambda call: begun.release(2) if call > 3 and call % 4 == 3 else None  # noqa: E731
+
+    def each(call):
+        if call > 3 and call % 4 == 3:
+            begun.release(2)
+
     moments, _ = tiny.evaluate(tmp_path, jax.devices()[:1], each, save_seconds=1e6)
     assert in_time == [True] * 16
     assert bits(moments) == bits(unbroken[0])
@@ -197,6 +201,37 @@ def stop_at(number):
 def begin(folder, how=tiny.PROTOCOL, **options):
     settings = {"moments": tiny.WIDTHS, "kept": tiny.WIDTHS} | options
     return accumulate.Accumulator(folder, how, **settings)
+
+
+def test_processes_go_on_from_the_last_position_that_all_have(tmp_path, monkeypatch):
+    """One was killed before another had saved: the sums before stay until all have the next."""
+    latest_of_other, waiting = [0], []
+
+    def wait(name):
+        if waiting:
+            raise KeyboardInterrupt
+
+    def gather(latest):
+        return np.array([latest, latest_of_other])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(accumulate, "_wait_for_all", wait)
+    monkeypatch.setattr(accumulate, "gather_exact", gather)
+    rng, state = np.random.default_rng(0), begin(tmp_path)
+    parts = [{t: rng.random((8, w), np.float32) for t, w in tiny.WIDTHS.items()} for _ in range(2)]
+    state.add(parts[0], 8)
+    state.save()
+    state.add(parts[1], 8)
+    waiting.append(True)
+    with pytest.raises(KeyboardInterrupt):
+        state.save()
+    latest_of_other[0] = 8
+    state = begin(tmp_path)
+    assert state.position == state.filled == 8
+    np.testing.assert_array_equal(state.held["pool"][:8], parts[0]["pool"])
+    latest_of_other[0] = 4
+    with pytest.raises(InputError, match=r"lacks partial-00000-of-00002-0000000004\.npz"):
+        begin(tmp_path)
 
 
 def test_partial_statistics_of_another_protocol_are_refused(begun, unbroken):
@@ -253,14 +288,14 @@ def test_missing_or_unfinished_features_are_refused(unbroken, tmp_path):
     for path in unbroken[1].glob("features*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(InputError, match="no whole features 'other'"):
-        feature_store.read_features(tmp_path, "other")
+        accumulate.read_features(tmp_path, "other")
     shard = tmp_path / "features-pool-00000-of-00001.npy"
     shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(InputError, match=f"is not {tiny.NUM} rows of 24"):
-        feature_store.read_features(tmp_path, "pool")
+        accumulate.read_features(tmp_path, "pool")
     content = json.loads((tmp_path / "features.json").read_text())
     assert content["protocol"] == tiny.PROTOCOL.to_json()
     # A new evaluation in the folder: until it is done, they are not whole.
     begin(tmp_path)
     with pytest.raises(InputError, match="no whole features"):
-        feature_store.read_features(tmp_path, "logits")
+        accumulate.read_features(tmp_path, "logits")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from ldm_jax import files
 from ldm_jax.errors import InputError
 from ldm_jax.interop import pretrained, published, vit_names
 from ldm_jax.interop.names import flatten
@@ -102,7 +103,7 @@ def test_weights_know_whose_they_are(narrow, tmp_path, monkeypatch):
     """What is not the published file is a custom network, however it came to us."""
     source, own = tmp_path / "a.safetensors", tmp_path / "own.safetensors"
     save_file(frozen.fid_inception(), source)
-    digest = published.sha256(source)
+    digest = files.sha256(source)
     assert pretrained.read("inception", str(source))[1:] == (digest, False)
     pretrained.save(own, pretrained.load("inception", str(source)), {source.name: digest})
     assert pretrained.read("inception", str(own))[1:] == (digest, False)
@@ -112,7 +113,7 @@ def test_weights_know_whose_they_are(narrow, tmp_path, monkeypatch):
         assert pretrained.read("inception", str(file))[1:] == (digest, True)
     # Copied without what it says of itself, it is known by nothing.
     save_file(load_file(own), own)
-    assert pretrained.read("inception", str(own))[1:] == (published.sha256(own), False)
+    assert pretrained.read("inception", str(own))[1:] == (files.sha256(own), False)
 
 
 def test_a_changed_bit_of_our_own_file_is_found(narrow, tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm_jax import cli
-from ldm_jax.eval import measure as image_reference
+from ldm_jax.eval import evaluation
 from ldm_jax.jobs import evaluate
 from tests.jobs.test_errors import contents, refused
 from tests.judged import digits
@@ -24,7 +24,7 @@ def here(tmp_path, monkeypatch):
     def measured(*arguments):
         raise AssertionError("measured")
 
-    monkeypatch.setattr(image_reference, "accumulate", measured)
+    monkeypatch.setattr(evaluation, "accumulate", measured)
     np.savez("set.npz", arr_0=digits(40))
     np.savez("gaussian.npz", mu=np.zeros(16), sigma=np.eye(16))
     np.savez("floats.npz", arr_0=digits(2) / 255)

@@ -5,7 +5,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from ldm_jax import cli
+from ldm_jax import cli, files
 from ldm_jax.errors import InputError
 from ldm_jax.interop import pretrained, published
 from ldm_jax.jobs import weights
@@ -31,7 +31,7 @@ def inception(tmp_path, monkeypatch):
 
 def publish(monkeypatch, path, url=None):
     """Lets `path` be the published file of the Inception network."""
-    part = published.Published(path.name, published.sha256(path), url or path.as_uri())
+    part = published.Published(path.name, files.sha256(path), url or path.as_uri())
     monkeypatch.setitem(published.PUBLISHED, "inception", (part,))
     return part
 
@@ -59,12 +59,12 @@ def test_two_files_become_one_that_loads(tmp_path, capsys, cache):
 def test_another_file_is_refused_until_it_is_said(inception, capsys, cache):
     arguments = ["weights", "inception", f"--from={inception}"]
     line = refused(capsys, arguments)
-    for words in (str(inception), published.sha256(inception)[:8], "6726825d", "--unverified"):
+    for words in (str(inception), files.sha256(inception)[:8], "6726825d", "--unverified"):
         assert words in line
     assert not cache.exists()
     cli.main([*arguments, "--unverified"])
     weights = pretrained.read("inception")
-    assert (weights.digest, weights.published) == (published.sha256(inception), False)
+    assert (weights.digest, weights.published) == (files.sha256(inception), False)
 
 
 def test_a_published_file_is_taken_and_its_digest_kept(inception, cache, monkeypatch):
@@ -142,7 +142,7 @@ def test_files_without_a_known_digest_are_fetched_only_when_that_is_said(
     assert not cache.exists()
     cli.main(["weights", "inception", "--unverified"])
     weights = pretrained.read("inception")
-    assert (weights.digest, weights.published) == (published.sha256(inception), False)
+    assert (weights.digest, weights.published) == (files.sha256(inception), False)
     assert [path.name for path in cache.iterdir()] == ["inception.safetensors"]
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
-from ldm_jax.eval import frechet
-from ldm_jax.eval import judge as image_judge
+from ldm_jax.eval import frechet, judge
 from ldm_jax.eval.frechet import Moments
+from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.interop import pretrained
 from ldm_jax.jobs import evaluate
 from ldm_jax.models import autoencoder
@@ -113,12 +113,12 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_measured(workdir, m
     ):
         with pytest.raises(InputError, match=words):
             evaluate.run(workdir, SampleOptions(**{"num": NUM, **change}), asked)
-    monkeypatch.setattr(image_judge, "read_weights", pretrained.read)
+    monkeypatch.setattr(judge, "read_weights", pretrained.read)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workdir))
     with pytest.raises(
         InputError, match=r"vgg16.safetensors is missing; `ldm weights vgg16` makes"
     ):
-        vgg = image_judge.JudgeOptions(preset="custom", extractor="vgg16")
+        vgg = JudgeOptions(preset="custom", extractor="vgg16")
         evaluate.run(workdir, SampleOptions(num=NUM), evaluate.Asked(vgg))
     assert not (workdir / "evaluation.jsonl").exists() and not (workdir / "evaluation").exists()
 

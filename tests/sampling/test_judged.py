@@ -9,14 +9,17 @@ import pytest
 from PIL import Image
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval import evaluation as image_evaluation
-from ldm_jax.eval import labels as label_tables
-from ldm_jax.eval import measure as image_reference
-from ldm_jax.eval.evaluation import prepare
+from ldm_jax.eval import evaluation
 from ldm_jax.jobs import evaluate
 from ldm_jax.models import denoiser
 from ldm_jax.sampling.draw import draw_images
-from ldm_jax.sampling.judged import compile_samples, label_table, reference_of, sampling
+from ldm_jax.sampling.judged import (
+    class_labels,
+    compile_samples,
+    label_table,
+    reference_of,
+    sampling,
+)
 from ldm_jax.sampling.options import SampleOptions
 from tests.judged import RANDOM, digits, images_of, judges  # noqa: F401
 from tests.sampling.quick import BAD, model_of, network, quick  # noqa: F401
@@ -69,11 +72,37 @@ def test_labels_are_those_of_the_tables(model, monkeypatch):
         images = compile_samples(model, settings, kind)(model, None)
         seen[kind] = read_all(images)[:, 0, 0, 0].astype(int)
     shade = lambda classes: 140 + 19 * np.asarray(classes)  # noqa: E731
-    drawn = label_tables.table("random", SETTINGS.seed, np.arange(NUM), 3)
+    drawn = class_labels("random", SETTINGS.seed, np.arange(NUM), 3)
     np.testing.assert_allclose(seen["random"], shade((1, 4, 2))[drawn], atol=9)
     want = [1, 4, 2] * 6 + [1, 4]
     np.testing.assert_allclose(seen["balanced"], shade(want), atol=9)
     assert label_table(SampleOptions(), "random")(np.arange(3)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["balanced", "random"])
+def test_label_of_a_sample_depends_on_seed_and_index_alone(kind):
+    whole = class_labels(kind, 3, np.arange(5000), 10)
+    some = np.array([4999, 17, 4096, 0, 17])
+    np.testing.assert_array_equal(class_labels(kind, 3, some, 10), whole[some])
+    assert whole.dtype == np.int64 and whole.min() == 0 and whole.max() == 9
+    assert len(class_labels(kind, 3, some[:0], 10)) == 0
+
+
+def test_balanced_labels_are_even_in_any_run_and_random_ones_are_not():
+    even = np.bincount(class_labels("balanced", 0, np.arange(13, 1018), 10))
+    assert even.max() - even.min() <= 1
+    drawn = class_labels("random", 0, np.arange(10_000), 10)
+    counts = np.bincount(drawn)
+    assert 20 < counts.std() < 60  # 30 for independent draws
+    assert np.mean(drawn[1:] == drawn[:-1]) == pytest.approx(0.1, abs=0.01)
+    assert (drawn != class_labels("random", 1, np.arange(10_000), 10)).mean() > 0.8
+
+
+def test_labels_without_classes_are_refused():
+    with pytest.raises(InputError, match="labels 'none' is unknown"):
+        class_labels("none", 0, np.arange(3), 10)
+    with pytest.raises(InputError, match="num_classes 0"):
+        class_labels("random", 0, np.arange(3), 0)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +136,10 @@ def run(model, monkeypatch, tmp_path):
 def test_figures_are_those_of_the_images_of_ldm_sample(run, model, drawn, tmp_path):
     figures = run()
     images = images_of(drawn)
-    settings = prepare(
-        RANDOM, mesh=model.mesh, folder=tmp_path / "set", num=NUM, own=images_of(digits(30))
+    prepared = evaluation.prepare(
+        RANDOM, mesh=model.mesh, folder=tmp_path / "set", num=NUM, reference=images_of(digits(30))
     )
-    want = image_evaluation.evaluate(settings, images, tmp_path / "set.jsonl")
+    want = evaluation.evaluate(prepared, images, tmp_path / "set.jsonl")
     assert list(figures.values()) == list(want.values())
     assert run(batch_size=5) == figures
 
@@ -159,7 +188,7 @@ class Broken(Exception):
 @pytest.fixture
 def stop(monkeypatch):
     """stop(n) breaks the measuring after n more calls; gives all indices that are asked for."""
-    accumulate, asked, left = image_reference.accumulate, [], []
+    accumulate, asked, left = evaluation.accumulate, [], []
 
     def saving(folder, protocol, measure, rows, **options):
         def call(indices):
@@ -178,7 +207,7 @@ def stop(monkeypatch):
         left[:] = [calls]
         return asked
 
-    monkeypatch.setattr(image_reference, "accumulate", saving)
+    monkeypatch.setattr(evaluation, "accumulate", saving)
     return stop
 
 

@@ -1,15 +1,14 @@
 """What a latent cache is: its plan, its manifest, and the reasons to refuse one."""
 
 import dataclasses
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ldm_jax.data import fields
 from ldm_jax.data.fields import Field
 from ldm_jax.errors import InputError, choose, divides
+from ldm_jax.files import digest
 
 FORMAT_VERSION = 1
 DTYPES = ("float32", "bfloat16")
@@ -108,7 +107,7 @@ class Manifest(Spec):
 
     def hash(self) -> str:
         """sha256 hex of the manifest, and through the shards' checksums of the whole cache."""
-        return hashlib.sha256(to_json(self).encode()).hexdigest()
+        return digest(to_json(self))
 
 
 def plan_shards(num_examples: int, shard_examples: int) -> tuple[Shard, ...]:
@@ -129,16 +128,6 @@ def to_json(spec: Spec) -> str:
     if not spec.fields:
         del raw["fields"]  # older caches have no such entry, and runs compare the text's hash
     return json.dumps(raw, indent=1, sort_keys=True) + "\n"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes the whole file or, when interrupted, nothing."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def load_spec(path: Path) -> Spec:
@@ -202,8 +191,4 @@ def _plain(value: Any) -> Any:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return (
-        text
-        if len(text) <= 120
-        else f"{text[:100]}… (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
-    )
+    return text if len(text) <= 120 else f"{text[:100]}… (sha256 {digest(text)[:8]})"

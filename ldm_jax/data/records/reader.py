@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import hashlib
 import io
 import threading
 from pathlib import Path
@@ -20,6 +19,7 @@ from ldm_jax.data.records.manifest import (
     refuse_difference,
 )
 from ldm_jax.errors import InputError
+from ldm_jax.files import sha256
 
 Batch = dict[str, np.ndarray]
 RECORD_BYTES_KEPT = 1 << 30  # of decoded records; two windows of the order should fit
@@ -176,14 +176,9 @@ def open_cache(
                 f"latent cache {directory}: {shard.name} has {size} bytes but the manifest says "
                 f"{shard.num_bytes}; {_HEAL}"
             )
-        if verify and _sha256(path) != shard.sha256:
+        if verify and sha256(path) != shard.sha256:
             raise InputError(
                 f"latent cache {directory}: {shard.name} has another sha256 than the manifest "
                 f"says, {shard.sha256}; {_HEAL}"
             )
     return LatentCache(directory, manifest)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

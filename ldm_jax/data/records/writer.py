@@ -7,7 +7,6 @@ finish(directory, spec)
 """
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
@@ -29,9 +28,9 @@ from ldm_jax.data.records.manifest import (
     plan_shards,
     refuse_difference,
     to_json,
-    write_text,
 )
 from ldm_jax.errors import InputError
+from ldm_jax.files import sha256, write_text
 
 Batch = dict[str, np.ndarray]
 _MEND = "mend the example in its source"
@@ -96,9 +95,8 @@ def write_shard(directory: str | Path, spec: Spec, shard: Shard, batches: Iterab
     finally:
         writer.close()
     with open(partial, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-    done = WrittenShard(shard.name, written, partial.stat().st_size, sha256)
+    done = WrittenShard(shard.name, written, partial.stat().st_size, sha256(partial))
     note = {**dataclasses.asdict(done), "sums": {k: v.tolist() for k, v in sums.items()}}
     partial.replace(path)
     write_text(path.with_suffix(".json"), json.dumps(note) + "\n")
@@ -189,6 +187,4 @@ def _written(directory: Path, shard: Shard) -> dict | None:
     note, path = _note(directory, shard), directory / shard.name
     if note is None or not path.exists() or path.stat().st_size != note["num_bytes"]:
         return None
-    with open(path, "rb") as file:
-        intact = hashlib.file_digest(file, "sha256").hexdigest() == note["sha256"]
-    return note if intact else None
+    return note if sha256(path) == note["sha256"] else None
