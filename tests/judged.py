@@ -48,7 +48,9 @@ def extractor(name, traces):
         ends = np.cumsum(list(TAPS[name].values()))[:-1]
         return dict(zip(TAPS[name], jnp.split(f, ends, -1), strict=True))
 
-    own = lambda: {"kernel": kernel(name)}  # noqa: E731
+    def own():
+        return {"kernel": kernel(name)}
+
     real = EXTRACTORS[name]
     return dataclasses.replace(real, taps=TAPS[name], side=8, network=network, own_params=own)
 
@@ -60,7 +62,10 @@ def judges():
     The names of those that are traced, in order.
     """
     traces, read = [], image_judge.read_weights
-    published = lambda name, file: read(name, file)._replace(published=name != "random-conv")  # noqa: E731
+
+    def published(name, file):
+        return read(name, file)._replace(published=name != "random-conv")
+
     with pytest.MonkeyPatch.context() as patch:
         for name in TAPS:
             patch.setitem(EXTRACTORS, name, extractor(name, traces))
@@ -76,7 +81,9 @@ def digits(count, split="train"):
 
 
 def images_of(pictures, name="pictures"):
-    read = lambda indices: pictures[indices]  # noqa: E731
+    def read(indices):
+        return pictures[indices]
+
     return image_judge.ImageStream(
         len(pictures), lambda rows: read, name, str(hash(pictures.tobytes()))
     )
@@ -98,10 +105,6 @@ def evaluate_trained(out, step):
         patch.setitem(EXTRACTORS, "random-conv", extractor("random-conv", []))
         patch.setattr(evaluate, "reconstruction_figures", lambda *a, **k: {})
         return {
-            "autoencoder": evaluate.run(
-                out / "autoencoder", SampleOptions(num=21, step=step), evaluate.Asked(RANDOM)
-            ),
-            "denoiser": evaluate.run(
-                out / "denoiser", samples, evaluate.Asked(RANDOM, labels="random")
-            ),
+            "autoencoder": evaluate.first_stage(out / "autoencoder", RANDOM, num=21, step=step),
+            "denoiser": evaluate.denoiser(out / "denoiser", samples, RANDOM, labels="random"),
         }

@@ -18,7 +18,7 @@ from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.runs.training import check_traces, fit
 from ldm_jax.runs.workdir import open_run
-from ldm_jax.sampling import training as training_samples
+from ldm_jax.sampling import judged as sample_figures
 from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train import optim, uncertainty
 from ldm_jax.train.state import TrainState
@@ -80,10 +80,10 @@ def run(
         evaluate = denoiser_evaluation.make_evaluation(config, mesh, held_out, needed, judged)
     if config.samples.num:
         shape = tuple(manifest.latent_shape)
-        run_samples = training_samples.make_evaluation(
+        run_samples = sample_figures.make_evaluation(
             config, workdir, mesh, first_stage, whitening, shape
         )
-        evaluate = training_samples.joined(evaluate, run_samples)
+        evaluate = sample_figures.joined(evaluate, run_samples)
     open_run(workdir, "train-denoiser", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:

@@ -6,52 +6,58 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
-from ldm_jax.eval import labels as label_tables
+from ldm_jax.eval import evaluation as image_evaluation
 from ldm_jax.eval.images_out import png_bytes
 from ldm_jax.eval.judge import ImageStream, JudgeOptions
 from ldm_jax.eval.measure import open_split
 from ldm_jax.eval.statistics import local_rows, pad_rows
+from ldm_jax.models.latents import Whitening
 from ldm_jax.runs.denoiser import Model
 from ldm_jax.runs.first_stage import FirstStage, tree_hash
+from ldm_jax.runs.reconstruction import RESULTS
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.sampling.draw import check_options
+from ldm_jax.sampling.inputs import conditional, label_table, sample_rows
 from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sampling.program import compile_sampler, numbers_of, weights_of
 from ldm_jax.sharding import process_slice, put_batch
+from ldm_jax.train.loop import Evaluate
+from ldm_jax.train.state import TrainState
 
-# What of the settings does not belong to the protocol: how many at a time, and which weights.
+# What of the options does not belong to the protocol: how many at a time, and which weights.
 APART = ("num", "batch_size", "step", "weights")
 
-
+Figures = Callable[[TrainState, int], dict[str, float]]
 Draw = Callable[[Model, Path | None], ImageStream]
 
 
-def compile_samples(model: Model, settings: SampleOptions, labels: str) -> Draw:
-    """draw(model, keep) -> `settings.num` samples of this model with any weights, as images.
+def compile_samples(model: Model, options: SampleOptions, labels: str) -> Draw:
+    """draw(model, keep) -> `options.num` samples of this model with any weights, as images.
 
-    Sample i depends on its index and the settings alone. `labels` is "balanced" or "random", over
-    `settings.classes` or all. Every process must call `draw`. With `keep`, a folder, each is
+    Sample i depends on its index and the options alone. `labels` is "balanced" or "random", over
+    `options.classes` or all. Every process must call `draw`. With `keep`, a folder, each is
     written there too, as INDEX.png. Raises InputError for what the model cannot do.
     """
-    settings = check_options(settings, model)
+    options = check_options(options, model)
     for name in ("noise", "init_images"):
-        if getattr(settings, name):
-            raise InputError(f"{name} {getattr(settings, name)!r} is of `ldm sample`; leave it out")
-    size = settings.batch_size
+        if getattr(options, name):
+            raise InputError(f"{name} {getattr(options, name)!r} is of `ldm sample`; leave it out")
+    size = options.batch_size
     rows = size // process_slice(size, model.mesh)[1]
-    label_of, program = label_table(settings, labels), compile_sampler(model, settings)
-    numbers = numbers_of(settings, make_process(model.run.process))
+    label_of, program = label_table(options, labels), compile_sampler(model, options)
+    numbers = numbers_of(options, make_process(model.run.process))
 
     def draw(model: Model, keep: Path | None) -> ImageStream:
         weights = weights_of(model)
 
         def read(indices: np.ndarray) -> np.ndarray:
             index = pad_rows(np.asarray(indices, np.int32), rows)
-            given = {"index": index, "label": label_of(index).astype(np.int32)}
-            drawn, _ = program(weights, numbers, put_batch(given, model.mesh, size))
+            batch = put_batch(sample_rows(index, label_of(index)), model.mesh, size)
+            drawn, _ = program(weights, numbers, batch)
             pictures = local_rows(drawn)[: len(indices)]
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
@@ -60,38 +66,28 @@ def compile_samples(model: Model, settings: SampleOptions, labels: str) -> Draw:
             return pictures
 
         made_by = f"{model.which} of step {model.step}, weights {tree_hash(weights)[:16]}"
-        return ImageStream(settings.num, lambda rows: read, "samples", made_by, rows, keep)
+        return ImageStream(options.num, lambda rows: read, "samples", made_by, rows, keep)
 
     return draw
 
 
-def label_table(settings: SampleOptions, kind: str) -> Callable[[np.ndarray], np.ndarray]:
-    """indices [n] -> classes int64 [n], of those that checked settings name; zeros where none."""
-    classes = np.asarray(settings.classes or (0,), np.int64)
-    if kind not in ("balanced", "random"):
-        raise InputError(f"labels {kind!r} is unknown; choose one of ('balanced', 'random')")
-    return lambda index: classes[
-        label_tables.table(kind, settings.seed, np.asarray(index, np.int64), len(classes))
-    ]
-
-
 def labels_kind(run: DenoiserRun, labels: str) -> str:
     """What the protocol says of the labels."""
-    return labels if run.model.conditioner.kind != "none" else "none"
+    return labels if conditional(run) else "none"
 
 
-def sampling(settings: SampleOptions, model: Model) -> dict[str, Any]:
+def sampling(options: SampleOptions, model: Model) -> dict[str, Any]:
     """What of the sampling the protocol names: everything that changes a sample but the weights."""
     default = SampleOptions()
-    how = {
+    changed = {
         name: value
-        for name, value in dataclasses.asdict(settings).items()
+        for name, value in dataclasses.asdict(options).items()
         if name not in APART and value != getattr(default, name)
     }
-    basic = {name: getattr(settings, name) for name in ("sampler", "steps", "guidance", "seed")}
-    if model.guide:  # which the settings may leave to what is newest
-        how |= {"guide_step": model.guide.step, "guide_weights": model.guide.which}
-    return {**how, **basic, "weights": model.which}
+    basic = {name: getattr(options, name) for name in ("sampler", "steps", "guidance", "seed")}
+    if model.guide:  # which the options may leave to what is newest
+        changed |= {"guide_step": model.guide.step, "guide_weights": model.guide.which}
+    return {**changed, **basic, "weights": model.which}
 
 
 def reference_of(judge: JudgeOptions, first_stage: FirstStage) -> ImageStream | None:
@@ -100,3 +96,94 @@ def reference_of(judge: JudgeOptions, first_stage: FirstStage) -> ImageStream | 
     As it saw them but for crops and flips. None, with nothing opened, where one is named.
     """
     return None if judge.reference else open_split(first_stage.run.images, "train")
+
+
+def prepare_figures(
+    model: Model,
+    options: SampleOptions,
+    judge: JudgeOptions,
+    workdir: Path,
+    *,
+    labels: str = "balanced",
+    keep: Path | None = None,
+) -> Callable[[Model], dict[str, float]]:
+    """(model with any weights) -> figures of its samples, which WORKDIR/evaluation.jsonl takes.
+
+    Compiled, and the reference measured, once; `labels` and `keep` as for `compile_samples`. Raises
+    InputError, before anything is drawn, for what cannot be drawn or judged. Every process must
+    call both.
+    """
+    options = check_options(options, model)
+    draw, sampled = compile_samples(model, options, labels), sampling(options, model)
+    evaluation = image_evaluation.prepare(
+        judge,
+        mesh=model.mesh,
+        folder=Path(workdir) / "evaluation",
+        num=options.num,
+        own=reference_of(judge, model.first_stage),
+    )
+
+    def figures(model: Model) -> dict[str, float]:
+        images = draw(model, keep)
+        image_evaluation.check_keep(evaluation, images)
+        return image_evaluation.evaluate(
+            evaluation,
+            images,
+            Path(workdir) / RESULTS,
+            labels=labels_kind(model.run, labels),
+            sampling=sampled,
+            record={"step": model.step},
+        )
+
+    return figures
+
+
+def joined(evaluate: Evaluate | None, figures: Figures) -> Evaluate:
+    """Both one after the other, in one line of figures."""
+
+    def both(state: TrainState, step: int):
+        before, pictures = evaluate(state, step) if evaluate else ({}, {})
+        return before | figures(state, step), pictures
+
+    return both
+
+
+def make_evaluation(
+    config: DenoiserRun,
+    workdir: Path,
+    mesh: Mesh,
+    first_stage: FirstStage,
+    whitening: Whitening,
+    latent_shape: tuple[int, int, int],
+) -> Figures:
+    """(state, step) -> figures of samples of the averaged weights, or the raw ones without any.
+
+    See `prepare_figures`.
+    """
+    samples = config.samples
+    which = "ema" if config.ema.decay else "params"
+    model = Model(
+        run=config,
+        params={},
+        step=0,
+        which=which,
+        first_stage=first_stage,
+        whitening=whitening,
+        latent_shape=latent_shape,
+        mesh=mesh,
+    )
+    options = SampleOptions(
+        num=samples.num,
+        steps=samples.steps,
+        sampler=samples.sampler,
+        spacing=samples.spacing,
+        guidance=samples.guidance,
+        batch_size=samples.batch_size,
+        seed=samples.seed,
+    )
+    judged = prepare_figures(model, options, samples.judge, workdir, labels=samples.labels)
+
+    def figures(state: TrainState, step: int) -> dict[str, float]:
+        return judged(dataclasses.replace(model, params=state.ema or state.params, step=step))
+
+    return figures
