@@ -94,9 +94,9 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_measured(workdir, m
 
     monkeypatch.setattr(evaluate, "reconstruction_figures", measured)
     few = dataclasses.replace(RANDOM, metrics=("kid",))
-    words = "'kid': it takes 1000 images or more, and what is judged is of 4"
+    needs = "'kid': it takes 1000 images or more, and what is judged is of 4"
     for judge, change, words in (
-        (few, {}, words),
+        (few, {}, needs),
         (RANDOM, {"num": 5}, "what is judged: 5 images for 6 features"),
         (RANDOM, {"num": -5}, "num -5 must be at least 1"),
         (None, {"dataset": "ffhq"}, "'ffhq' has no published reconstruction figures"),
