@@ -3,6 +3,7 @@
 Floors; a module imports only from lower ones (`tests/test_floors.py` checks it):
 
     0  errors.py keys.py        input errors; named randomness
+       options.py               flags from dataclasses
        sharding.py files.py     meshes; what is read and written
     1  diffusion/               arrays and callables: processes, objectives, guidance, samplers
        models/                  parameters: config, init, apply, axes

@@ -1,27 +1,41 @@
-"""The `ldm` command: which job, its flags, the processes it runs on, and errors in one line."""
+"""The `ldm` command: its verbs, the processes that they run on, and errors in one line."""
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from ldm_jax.errors import InputError
-from ldm_jax.flags import make_parser
+from ldm_jax.options import add_flags, read_flags
+
+Run = Callable[[argparse.Namespace, list[str]], None]  # (flags, --config.a.b=VALUE of a run)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one verb. Bad input prints one line and exits with status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser, verbs = make_parser({verb: text for verb, (text, _) in VERBS.items()})
-    overrides = [a for a in argv if a.startswith(("--config.", "--noconfig."))]
-    arguments = parser.parse_args([a for a in argv if a not in overrides])
-    if overrides and "config" not in arguments:
-        verbs[arguments.verb].error(f"{overrides[0]}: this verb takes no configuration")
     _environment()
+    overrides = [a for a in argv if a.startswith(("--config.", "--noconfig."))]
+    argv = [a for a in argv if a not in overrides]
+    parser = argparse.ArgumentParser(
+        prog="ldm",
+        description="Latent diffusion models in JAX, from raw images to samples and metrics.",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, verb in VERBS.items():
+        flags = verbs.add_parser(name, help=verb.text, description=verb.text)
+        if argv[:1] == [name]:  # what the other verbs stand on is never imported
+            run = verb.prepare(flags)
+            flags.set_defaults(run=run, error=flags.error)
+    arguments = parser.parse_args(argv)
+    if overrides and "config" not in arguments:
+        arguments.error(f"{overrides[0]}: this verb takes no configuration")
     try:
         if "coordinator" in arguments:
             _join_processes(arguments)
-        VERBS[arguments.verb][1](arguments, overrides)
+        arguments.run(arguments, overrides)
     except InputError as error:
         if os.environ.get("LDM_TRACEBACK"):
             raise
@@ -47,6 +61,25 @@ def _environment() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
+def _add_run(flags: argparse.ArgumentParser, *, workdir: str = "", required: bool = True) -> None:
+    """The run directory, by default `workdir`, and the processes that share the work."""
+    flags.add_argument(
+        "--workdir",
+        type=Path,
+        required=required and not workdir,
+        default=workdir or None,
+        metavar="DIR",
+        help="run directory" + (f" (default: {workdir})" if workdir else ""),
+    )
+    group = flags.add_argument_group("processes")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="address of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N", help="of the whole job")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    group.add_argument(
+        "--distributed", action="store_true", help="join as the cluster says (TPU pods, SLURM, GKE)"
+    )
+
+
 def _join_processes(arguments: argparse.Namespace) -> None:
     """Joins the processes of one job, before anything else touches a device."""
     import jax
@@ -69,170 +102,233 @@ def _join_processes(arguments: argparse.Namespace) -> None:
             ) from error
 
 
-def _train_autoencoder(arguments, overrides):
+def _demo(flags: argparse.ArgumentParser) -> Run:
+    from ldm_jax.jobs import demo
+
+    _add_run(flags, workdir="runs/demo")
+    return lambda arguments, _: demo.run(arguments.workdir)
+
+
+def _train_autoencoder(flags: argparse.ArgumentParser) -> Run:
     from ldm_jax.jobs import train_autoencoder
-    from ldm_jax.runs import settings
+    from ldm_jax.runs.settings import AutoencoderRun
 
-    config = _run_config(settings.AutoencoderRun, "train-autoencoder", arguments, overrides)
-    train_autoencoder.run(config, arguments.workdir)
+    return _training(flags, "train-autoencoder", AutoencoderRun, train_autoencoder.run)
 
 
-def _train_denoiser(arguments, overrides):
+def _train_denoiser(flags: argparse.ArgumentParser) -> Run:
     from ldm_jax.jobs import train_denoiser
-    from ldm_jax.runs import settings
+    from ldm_jax.runs.settings import DenoiserRun
 
-    config = _run_config(settings.DenoiserRun, "train-denoiser", arguments, overrides)
-    train_denoiser.run(config, arguments.workdir)
+    return _training(flags, "train-denoiser", DenoiserRun, train_denoiser.run)
 
 
-def _run_config(cls, job, arguments, overrides):
+def _training(flags: argparse.ArgumentParser, job: str, cls: type, train: Callable) -> Run:
+    """A training by the configuration file, or by that of the workdir, which it resumes."""
     from ldm_jax.runs import config_files
     from ldm_jax.runs.workdir import check_trainable, read_run
 
-    check_trainable(arguments.workdir)
-    if arguments.config:
-        return config_files.load_run(cls, arguments.config, overrides)
-    record = read_run(arguments.workdir)
-    if record["job"] != job:
-        raise InputError(
-            f"workdir {arguments.workdir} belongs to `ldm {record['job']}`, not `ldm {job}`"
-        )
-    return config_files.apply_overrides(cls, record["config"], overrides)
+    _add_run(flags)
+    flags.add_argument(
+        "--config",
+        metavar="FILE[:VARIANT]",
+        help="not needed to resume a workdir; fields are changed with --config.a.b=VALUE",
+    )
+
+    def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+        workdir = arguments.workdir
+        check_trainable(workdir)
+        if arguments.config:
+            config = config_files.load_run(cls, arguments.config, overrides)
+        else:
+            record = read_run(workdir)
+            if record["job"] != job:
+                raise InputError(
+                    f"workdir {workdir} belongs to `ldm {record['job']}`, not `ldm {job}`"
+                )
+            config = config_files.apply_overrides(cls, record["config"], overrides)
+        train(config, workdir)
+
+    return run
 
 
-def _cache_latents(arguments, overrides):
+def _cache_latents(flags: argparse.ArgumentParser) -> Run:
     from ldm_jax.jobs import cache_latents
 
-    options = cache_latents.CacheOptions(
-        mirrored=arguments.mirrored,
-        dtype=arguments.dtype,
-        batch_size=arguments.batch_size,
-        shard_examples=arguments.shard_examples,
-        pack=arguments.pack,
-        splits=tuple(arguments.splits.split(",")),
+    _add_run(flags)
+    flags.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the cache (default: WORKDIR/latents)"
     )
-    cache_latents.run(arguments.workdir, options, arguments.out)
+    add_flags(flags, cache_latents.CacheOptions)
+
+    def run(arguments: argparse.Namespace, _: list[str]) -> None:
+        options = read_flags(cache_latents.CacheOptions, arguments)
+        cache_latents.run(arguments.workdir, options, arguments.out)
+
+    return run
 
 
-def _sample(arguments, overrides):
+def _sample(flags: argparse.ArgumentParser) -> Run:
     from ldm_jax.jobs import sample
-
-    print(sample.run(arguments.workdir, _sample_settings(arguments), arguments.out))
-
-
-LISTS = {
-    "classes": (int, "class numbers", "0,3,7"),
-    "guidance_interval": (float, "two numbers", "0.2,0.8"),
-    "guidance_projection": (float, "one number or two", "0,15"),
-    "guided_channels": (int, "channel numbers", "0,1,2"),
-    "churn": (float, "one, three or four numbers", "40,0.05,50,1.003"),
-    "size": (int, "one whole number or two", "512,768"),
-}
-
-
-def _sample_settings(arguments):
     from ldm_jax.sampling.options import SampleOptions
 
-    given = {f: v for f, v in vars(arguments).items() if f in SampleOptions.__dataclass_fields__}
-    for name, (kind, what, example) in LISTS.items():
-        text = given.get(name, "")
-        try:
-            given[name] = tuple(kind(part) for part in text.split(",")) if text else ()
-        except ValueError as error:
-            raise InputError(
-                f"--{name.replace('_', '-')} {text!r} must be {what} separated by commas, as "
-                f"{example}"
-            ) from error
-    return SampleOptions(**given)
+    flags.usage = "%(prog)s --workdir=DIR [--FLAG=VALUE ...]"
+    _add_run(flags)
+    flags.add_argument("--out", type=Path, help="writes OUT.npz and OUT.png")
+    add_flags(flags, SampleOptions)
+
+    def run(arguments: argparse.Namespace, _: list[str]) -> None:
+        options = read_flags(SampleOptions, arguments)
+        print(sample.run(arguments.workdir, options, arguments.out))
+
+    return run
 
 
-def _evaluate(arguments, overrides):
-    from ldm_jax.eval import judge as image_judge
+def _evaluate(flags: argparse.ArgumentParser) -> Run:
+    from ldm_jax.eval.judge import JudgeOptions
     from ldm_jax.jobs import evaluate
+    from ldm_jax.sampling.options import SampleOptions
 
-    judged = arguments.preset or arguments.extractor
-    names = image_judge.JudgeOptions.__dataclass_fields__
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    given["preset"] = arguments.preset or ("custom" if arguments.extractor else "adm")
-    given["metrics"] = tuple(name for name in arguments.metrics.split(",") if name)
-    others = ("reference", "metrics", "images", "allow_few", "extractor_file")
-    alone = any(getattr(arguments, name) for name in others)
-    judge = image_judge.JudgeOptions(**given) if judged or alone else None
-    asked = evaluate.Asked(judge, arguments.labels, arguments.keep, arguments.dataset)
-    settings = _sample_settings(arguments)
-    if (arguments.workdir is None) == (not arguments.images):
-        raise InputError("give --workdir=DIR of a run, or --images=DIR_OR_NPZ of a set of images")
-    if not arguments.images:
-        if arguments.stats_only or arguments.out:
-            raise InputError("--out and --stats-only belong to --images; leave them out")
-        evaluate.run(arguments.workdir, settings, asked)
-    elif arguments.out is None:
-        raise InputError("--images needs --out: a folder of results, a file with --stats-only")
-    elif arguments.stats_only:
-        evaluate.write_statistics(arguments.images, Path(arguments.out), settings, asked)
-    else:
-        evaluate.evaluate_set(arguments.images, Path(arguments.out), settings, asked)
+    flags.usage = "%(prog)s (--workdir=DIR | --images=SET --out=DIR) [--FLAG=VALUE ...]"
+    _add_run(flags, required=False)
+    add_flags(flags, evaluate.EvaluateOptions)
+    add_flags(flags, JudgeOptions)
+    add_flags(flags, SampleOptions, but=evaluate.NOT_SAMPLED)
+    flags.set_defaults(preset="")
+
+    def run(arguments: argparse.Namespace, _: list[str]) -> None:
+        judge = None
+        if any(getattr(arguments, name) for name in JudgeOptions.__dataclass_fields__):
+            arguments.preset = arguments.preset or ("custom" if arguments.extractor else "adm")
+            judge = read_flags(JudgeOptions, arguments)
+        options = read_flags(evaluate.EvaluateOptions, arguments)
+        samples = read_flags(SampleOptions, arguments, but=evaluate.NOT_SAMPLED)
+        evaluate.run(arguments.workdir, options, samples, judge)
+
+    return run
 
 
-def _weights(arguments, overrides):
-    from ldm_jax.jobs import weights
-
-    files = [Path(file) for file in arguments.files.split(",") if file]
-    print(weights.run(arguments.name, files, arguments.out, arguments.unverified))
-
-
-def _import(arguments, overrides):
-    from ldm_jax.jobs import import_weights
-
-    import_weights.run(arguments.source, arguments.workdir, arguments.config, overrides)
-
-
-def _export(arguments, overrides):
-    from ldm_jax.jobs import export_weights
-
-    export_weights.run(arguments.workdir, arguments.out)
-
-
-def _reconstruct(arguments, overrides):
-    from ldm_jax.jobs import reconstruct
-
-    settings = reconstruct.ReconstructOptions(size=arguments.size, batch_size=arguments.batch_size)
-    reconstruct.run(arguments.workdir, arguments.images, arguments.out, settings)
-
-
-def _ema(arguments, overrides):
+def _ema(flags: argparse.ArgumentParser) -> Run:
     from ldm_jax.jobs import ema
 
-    ema.run(arguments.workdir, arguments.width, arguments.step, arguments.out)
+    _add_run(flags)
+    flags.add_argument(
+        "--width", type=float, required=True, help="sigma_rel, a share of the training, as 0.12"
+    )
+    flags.add_argument("--step", type=int, default=-1, help="as of it (default: the last snapshot)")
+    flags.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="new run directory (default: WORKDIR/ema/width-WIDTH-stepSTEP)",
+    )
+    return lambda arguments, _: ema.run(
+        arguments.workdir, arguments.width, arguments.step, arguments.out
+    )
 
 
-def _demo(arguments, overrides):
-    from ldm_jax.jobs import demo
+def _weights(flags: argparse.ArgumentParser) -> Run:
+    from ldm_jax.interop.pretrained import NETWORKS
+    from ldm_jax.jobs import weights
 
-    demo.run(arguments.workdir)
+    flags.add_argument("name", choices=list(NETWORKS))
+    flags.add_argument(
+        "--from",
+        dest="files",
+        default="",
+        metavar="FILE[,FILE]",
+        help=".safetensors, .npz or .pth files of the weights (default: fetch the published ones)",
+    )
+    flags.add_argument("--out", type=Path, help="file to write (default: in the user's cache)")
+    flags.add_argument(
+        "--unverified", action="store_true", help="take other weights of the same shapes too"
+    )
+
+    def run(arguments: argparse.Namespace, _: list[str]) -> None:
+        files = [Path(file) for file in arguments.files.split(",") if file]
+        print(weights.run(arguments.name, files, arguments.out, arguments.unverified))
+
+    return run
 
 
-def _experiment(arguments, overrides):
+def _import(flags: argparse.ArgumentParser) -> Run:
+    from ldm_jax.jobs import import_weights
+
+    _add_run(flags)
+    flags.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        required=True,
+        metavar="DIR_OR_FILE",
+        help="folder of diffusers' AutoencoderKL or VQModel; .ckpt or .safetensors by CompVis",
+    )
+    flags.add_argument(
+        "--config",
+        default="",
+        metavar="FILE:VARIANT",
+        help="images and, for a file, architecture; fields are changed with --config.a.b=VALUE",
+    )
+    return lambda arguments, overrides: import_weights.run(
+        arguments.source, arguments.workdir, arguments.config, overrides
+    )
+
+
+def _export(flags: argparse.ArgumentParser) -> Run:
+    from ldm_jax.jobs import export_weights
+
+    _add_run(flags)
+    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder to write")
+    return lambda arguments, _: export_weights.run(arguments.workdir, arguments.out)
+
+
+def _reconstruct(flags: argparse.ArgumentParser) -> Run:
+    from ldm_jax.jobs import reconstruct
+
+    _add_run(flags)
+    flags.add_argument("--images", required=True, metavar="DIR", help="folder of images")
+    flags.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty folder")
+    add_flags(flags, reconstruct.ReconstructOptions)
+
+    def run(arguments: argparse.Namespace, _: list[str]) -> None:
+        options = read_flags(reconstruct.ReconstructOptions, arguments)
+        reconstruct.run(arguments.workdir, arguments.images, arguments.out, options)
+
+    return run
+
+
+def _experiment(flags: argparse.ArgumentParser) -> Run:
     from ldm_jax.jobs import experiment
 
-    if overrides:
-        raise InputError(f"{overrides[0]}: an experiment's settings stand in its file; copy it")
-    experiment.run(arguments.config, arguments.workdir)
+    _add_run(flags)
+    flags.add_argument("--config", metavar="FILE[:VARIANT]", required=True, help="the plan")
+
+    def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
+        if overrides:
+            raise InputError(f"{overrides[0]}: an experiment's settings stand in its file; copy it")
+        experiment.run(arguments.config, arguments.workdir)
+
+    return run
+
+
+class Verb(NamedTuple):
+    text: str  # what it does, in a line
+    prepare: Callable[[argparse.ArgumentParser], Run]  # adds its flags, gives what reads them
 
 
 VERBS = {
-    "demo": ("digits, from images to samples and a report", _demo),
-    "train-autoencoder": ("train a first stage on images", _train_autoencoder),
-    "cache-latents": ("encode a run's images once, for training denoisers", _cache_latents),
-    "train-denoiser": ("train a denoiser on cached latents", _train_denoiser),
-    "sample": ("draw images from a trained denoiser", _sample),
-    "experiment": ("train and compare the arms of a configs/experiments file", _experiment),
-    "evaluate": ("measure a trained first stage or denoiser", _evaluate),
-    "ema": ("make the average of any width from a training's snapshots", _ema),
-    "weights": ("fetch or convert the published weights of a frozen network", _weights),
-    "import": ("make a run directory of a first stage by diffusers or CompVis", _import),
-    "export": ("write a first stage for diffusers", _export),
-    "reconstruct": ("pass a folder of images through a first stage", _reconstruct),
+    "demo": Verb("digits, from images to samples and a report", _demo),
+    "train-autoencoder": Verb("train a first stage on images", _train_autoencoder),
+    "cache-latents": Verb("encode a run's images once, for training denoisers", _cache_latents),
+    "train-denoiser": Verb("train a denoiser on cached latents", _train_denoiser),
+    "sample": Verb("draw images from a trained denoiser", _sample),
+    "experiment": Verb("train and compare the arms of a configs/experiments file", _experiment),
+    "evaluate": Verb("measure a trained first stage or denoiser", _evaluate),
+    "ema": Verb("make the average of any width from a training's snapshots", _ema),
+    "weights": Verb("fetch or convert the published weights of a frozen network", _weights),
+    "import": Verb("make a run directory of a first stage by diffusers or CompVis", _import),
+    "export": Verb("write a first stage for diffusers", _export),
+    "reconstruct": Verb("pass a folder of images through a first stage", _reconstruct),
 }
 
 

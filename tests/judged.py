@@ -103,10 +103,6 @@ def evaluate_trained(out, step):
         patch.setitem(EXTRACTORS, "random-conv", extractor("random-conv", []))
         patch.setattr(evaluate, "reconstruction_figures", lambda *a, **k: {})
         return {
-            "autoencoder": evaluate.run(
-                out / "autoencoder", SampleOptions(num=21, step=step), evaluate.Asked(RANDOM)
-            ),
-            "denoiser": evaluate.run(
-                out / "denoiser", samples, evaluate.Asked(RANDOM, labels="random")
-            ),
+            "autoencoder": evaluate.first_stage(out / "autoencoder", RANDOM, num=21, step=step),
+            "denoiser": evaluate.denoiser(out / "denoiser", samples, RANDOM, labels="random"),
         }

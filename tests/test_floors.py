@@ -10,6 +10,7 @@ PACKAGE = ROOT / "ldm_jax"
 FLOORS = {
     "errors": 0,
     "keys": 0,
+    "options": 0,
     "files": 0,
     "sharding": 0,
     "diffusion": 1,
@@ -21,7 +22,6 @@ FLOORS = {
     "runs": 4,
     "sampling": 5,
     "jobs": 6,
-    "flags": 6,
     "cli": 7,
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -17,21 +17,55 @@ from ldm_jax.eval.protocol import PRESETS, Preset, Protocol
 from ldm_jax.eval.statistics import Features, compile_features
 from ldm_jax.files import digest_of
 from ldm_jax.interop import pretrained
+from ldm_jax.options import Group, option
 
 BLOCK = 16  # images that a network sees at once, whole on one device
+NETWORKS = Group(
+    "frozen networks",
+    "Without any of these flags, first stages are measured by PSNR, SSIM and LPIPS, samples of the "
+    "digits by a classifier, all others by preset adm against their training images.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class JudgeOptions:
     """How images are judged."""
 
-    preset: str = "adm"  # a name in PRESETS, or "custom": `extractor` by its own resize
-    extractor: str = ""  # of preset "custom", a name in EXTRACTORS
-    # The network's weights, of a preset of two the first one's; "" = where `ldm weights` puts them.
-    extractor_file: str = ""
-    metrics: tuple[str, ...] = ()  # names in METRICS; () = all that preset and reference allow
-    reference: str = ""  # file of statistics, .npz or folder of images; "" = the run's own images
-    allow_few: bool = False  # Fréchet distances from no more images than features
+    preset: str = option(  # or "custom": `extractor` by its own resize
+        "adm",
+        "conventions of: adm, torch_fidelity, clean, edm2",
+        metavar="NAME",
+        group=NETWORKS,
+    )
+    extractor: str = option(  # of preset "custom"
+        "",
+        "a network by its own resize: random-conv (needs no file), inception, vgg16, ...",
+        metavar="NAME",
+        group=NETWORKS,
+    )
+    extractor_file: str = option(
+        "",
+        "its weights, of a preset of two the first one's (default: as `ldm weights` puts them)",
+        metavar="FILE",
+        group=NETWORKS,
+    )
+    metrics: tuple[str, ...] = option(
+        (),
+        "fid, sfid, inception_score, kid, cmmd, precision_recall, density_coverage, memorisation, "
+        "fid_infinity (default: what preset and reference allow)",
+        metavar="NAME,...",
+        group=NETWORKS,
+    )
+    reference: str = option(
+        "",
+        "statistics (.npz of ADM, torch-fidelity, EDM, ours; EDM2's .pkl), images in an .npz or a "
+        "folder (default: the run's own images)",
+        metavar="FILE_OR_DIR",
+        group=NETWORKS,
+    )
+    allow_few: bool = option(
+        False, "Frechet distances from no more images than features", group=NETWORKS
+    )
 
     def __post_init__(self):
         choose("preset", self.preset, (*PRESETS, "custom"))

@@ -15,7 +15,9 @@ from ldm_jax.data import images
 from ldm_jax.data.fields import CAPTION, LABEL
 from ldm_jax.data.records import writer
 from ldm_jax.data.records.manifest import Manifest, Shard, Spec
+from ldm_jax.errors import InputError
 from ldm_jax.models import autoencoder
+from ldm_jax.options import option
 from ldm_jax.runs.first_stage import FirstStage, load_first_stage
 from ldm_jax.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, use_mesh
 
@@ -24,12 +26,24 @@ Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class CacheOptions:
-    mirrored: bool = True  # store the mirrored image's moments too, so that flips stay a draw
-    dtype: str = "float32"  # of the stored moments
-    batch_size: int = 0  # images per step of one process; 0 = 32 for each of its devices
-    shard_examples: int = 16384  # examples in a file
-    pack: int = 32  # examples in a record
-    splits: tuple[str, ...] = images.SPLITS
+    mirrored: bool = option(True, "mirrored images too, so that flips stay a draw")
+    dtype: str = option(
+        "float32", "of the moments (default: float32)", choices=("float32", "bfloat16")
+    )
+    batch_size: int = option(
+        0, "images per step of one process (default: 32 for each of its devices)", metavar="N"
+    )
+    shard_examples: int = option(16384, "examples per shard file (default: 16384)", metavar="N")
+    pack: int = option(32, "examples per record (default: 32)", metavar="N")
+    splits: tuple[str, ...] = option(
+        images.SPLITS,
+        f"which splits to encode (default: {','.join(images.SPLITS)})",
+        metavar="NAME,...",
+    )
+
+    def __post_init__(self):
+        if not self.splits:
+            raise InputError(f"splits are empty; name some of {list(images.SPLITS)}")
 
 
 def run(workdir: Path, settings: CacheOptions, out: Path | None = None) -> dict[str, Manifest]:

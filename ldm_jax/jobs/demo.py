@@ -64,9 +64,9 @@ def run(workdir: Path) -> Path:
     phase("train the denoiser", lambda: train_denoiser.run(second, denoiser_dir))
     rebuilt = phase(
         "evaluate reconstructions",
-        lambda: evaluate.run(autoencoder_dir, SampleOptions(num=0)),
+        lambda: evaluate.first_stage(autoencoder_dir),
     )
-    figures = phase("sample and evaluate", lambda: evaluate.run(denoiser_dir, draw))
+    figures = phase("sample and evaluate", lambda: evaluate.denoiser(denoiser_dir, draw))
     pictures = phase("draw the grids", lambda: _grids(autoencoder_dir, denoiser_dir))
 
     total = sum(timings.values())

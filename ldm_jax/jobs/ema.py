@@ -70,7 +70,7 @@ def run(
         params = combine(snapshots, used, weights, like)
     finally:
         snapshots.close()
-    told = {
+    origin = {
         "source": str(Path(workdir).absolute()),
         "ema_width": width,
         "step": step,
@@ -78,12 +78,12 @@ def run(
         "profile_error": error,
         "sum_of_sizes": float(np.abs(weights).sum()),
     }
-    save_params(out, params, step, {"imported": told})
+    save_params(out, params, step, {"imported": origin})
     if jax.process_index() == 0:
         # Last, so that a workdir which has it is whole.
         changed = record["config"] | {"ema": record["config"]["ema"] | NO_AVERAGE}
         config = to_json(build(cls, changed))
-        write_json(out / "run.json", record | {"config": config, "imported": told})
+        write_json(out / "run.json", record | {"config": config, "imported": origin})
         print(
             f"{len(used)} averages make the one of width {width:g} at step {step}; its profile is "
             f"off by {100 * error:.3f} %",
@@ -99,11 +99,15 @@ def combine(
     """The weighted sum of snapshots (step, width), f32 and placed as `like`, one at a time."""
     assert math.isclose(weights.sum(), 1.0), f"weights sum to {weights.sum()}, not 1"
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)  # noqa: E731
+
+    def zeros():
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+
+    def plus(total, tree, weight):
+        return jax.tree.map(lambda a, b: a + weight * b, total, tree)
+
     total = jax.jit(zeros, out_shardings=shardings)()
-    add = jax.jit(
-        lambda total, tree, w: jax.tree.map(lambda a, b: a + w * b, total, tree), donate_argnums=0
-    )
+    add = jax.jit(plus, donate_argnums=0)
     for (step, width), weight in zip(used, weights, strict=True):
         total = add(total, snapshots.load(step, width, like), jnp.float32(weight))
     return total

@@ -3,169 +3,256 @@
 import dataclasses
 import datetime
 import json
-import sys
-from collections.abc import Callable, Container
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from ldm_jax.data import images
-from ldm_jax.errors import InputError
-from ldm_jax.eval import evaluation as image_evaluation
-from ldm_jax.eval import judge as image_judge
+from ldm_jax.errors import InputError, within
 from ldm_jax.eval import published
-from ldm_jax.eval.first_stage import measure
+from ldm_jax.eval.evaluation import evaluate, prepare, write_statistics
 from ldm_jax.eval.image_sets import open_set
-from ldm_jax.interop import pretrained
-from ldm_jax.runs import rebuilt as reconstruction_evaluation
+from ldm_jax.eval.judge import JudgeOptions
+from ldm_jax.options import Group, option
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.denoiser import load_model
 from ldm_jax.runs.digit_judge import open_judge, sample_figures
-from ldm_jax.runs.first_stage import load_first_stage
-from ldm_jax.runs.reconstruction import compile_lpips, compile_reconstruction, spread
+from ldm_jax.runs.reconstruction import (
+    NUM,
+    RESULTS,
+    find_lpips,
+    prepare_judged,
+    reconstruction_figures,
+)
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.runs.workdir import read_run
-from ldm_jax.sampling import judged as sample_evaluation
-from ldm_jax.sampling.draw import check_options, draw_images
+from ldm_jax.sampling.draw import draw_images
+from ldm_jax.sampling.inputs import LABELS, conditional
+from ldm_jax.sampling.judged import prepare_figures
 from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, make_mesh
-from ldm_jax.train.first_stage import AutoencoderLoss
 
 Figures = dict[str, float]
-# Measured where --num does not say: samples by the digits' judge, by others, and reconstructions.
-NUM_DIGITS, NUM_SAMPLES, NUM_RECONSTRUCTIONS = 1000, 50_000, 10_000
-RESULTS = "evaluation.jsonl"
+NUM_DIGITS, NUM_SAMPLES = 1000, 50_000  # samples by the digits' classifier, and by networks
 OF_SETS = ("unconditional", "class-conditional", "text-to-image")  # published of sets of images
+# Of SampleOptions, what is of `ldm sample` alone; `num` stands in EvaluateOptions.
+NOT_SAMPLED = ("num", "progressive", "size", "tile", "tile_overlap")
+SETS = Group("sets of images", "Measured instead of a run.")
+JUDGED = Group("samples that are measured")
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What of an evaluation is not the sampling."""
+class EvaluateOptions:
+    """What the command line asks of an evaluation beside its samples and its judge."""
 
-    judge: image_judge.JudgeOptions | None = None  # None: what suits the run, see `run`
-    labels: str = "balanced"  # of samples: "balanced" | "random"
-    keep: str = ""  # folder that every sample is written into; "" = none is
-    dataset: str = ""  # whose published figures are printed beside ours; "" = none
+    num: int = option(
+        0, "samples (50000, digits: 1000) or held-out images (10000) to measure", metavar="N"
+    )
+    dataset: str = option(
+        "",
+        "prints what was published for it beside ours: celebahq, ffhq, imagenet, ...",
+        metavar="NAME",
+    )
+    images: str = option(
+        "", "folder of images or .npz; results go to --out", metavar="DIR_OR_NPZ", group=SETS
+    )
+    out: str = option("", "of --images; with --stats-only a new .npz", metavar="DIR", group=SETS)
+    stats_only: bool = option(
+        False,
+        "writes statistics of --images for a --reference, and measures nothing",
+        group=SETS,
+    )
+    labels: str = option(
+        "balanced",
+        "the classes in turn, or drawn (default: balanced)",
+        choices=LABELS,
+        group=JUDGED,
+    )
+    keep: str = option(
+        "", "writes every sample to a new folder, as INDEX.png", metavar="DIR", group=JUDGED
+    )
 
 
-def run(workdir: Path, settings: SampleOptions, asked: Asked = Asked()) -> Figures:
-    """Measures, prints and appends to `evaluation.jsonl`; what is measured depends on the run.
+def run(
+    workdir: Path | None,
+    options: EvaluateOptions,
+    samples: SampleOptions,
+    judge: JudgeOptions | None,
+) -> None:
+    """Measures what the command line names; `samples.num` stands in `options`.
 
-    Without a judge in `asked`, a first stage is measured by its reconstructions' PSNR, SSIM and
-    LPIPS, samples of the digits by a classifier, those of anything else by preset "adm". With one,
-    reconstructions against their originals are measured too.
+    Without a judge, a first stage is measured by its reconstructions' PSNR, SSIM and LPIPS, samples
+    of the digits by a classifier, all else by preset "adm". Raises InputError for options of
+    another kind of evaluation.
+    """
+    if (workdir is None) == (not options.images):
+        raise InputError("give --workdir=DIR of a run, or --images=DIR_OR_NPZ of a set of images")
+    if options.images:
+        _refuse_sampling(options, samples, "a set of images is measured whole")
+        if not options.out:
+            raise InputError("--images needs --out: a folder of results, a file with --stats-only")
+        out, judge = Path(options.out), judge or JudgeOptions()
+        if not options.stats_only:
+            image_set(options.images, out, judge, dataset=options.dataset)
+        elif options.dataset:
+            raise InputError("--stats-only compares with nothing; leave --dataset out")
+        else:
+            statistics(options.images, out, judge)
+        return
+    if options.stats_only or options.out:
+        raise InputError("--out and --stats-only belong to --images; leave them out")
+    if read_run(workdir)["job"] != "train-autoencoder":
+        denoiser(
+            workdir,
+            dataclasses.replace(samples, num=options.num),
+            judge,
+            labels=options.labels,
+            keep=Path(options.keep) if options.keep else None,
+            dataset=options.dataset,
+        )
+        return
+    known = {"num", "step", "weights"}
+    _refuse_sampling(options, samples, "this workdir holds a first stage", known)
+    first_stage(
+        workdir,
+        judge,
+        num=options.num or NUM,
+        step=samples.step,
+        weights=samples.weights,
+        dataset=options.dataset,
+    )
+
+
+def first_stage(
+    workdir: Path,
+    judge: JudgeOptions | None = None,
+    *,
+    num: int = NUM,
+    step: int = -1,
+    weights: str = "auto",
+    dataset: str = "",
+) -> Figures:
+    """Figures of reconstructions of at most `num` held-out images, printed and appended.
+
+    PSNR, SSIM and, with its weights at hand, LPIPS; with a judge also rFID and its kin. Those of
+    the checkpoint `step`, -1 = the newest; `weights` are "ema", "params", or "auto", the average
+    when there is one. What was published of `dataset` is printed beside ours.
+    """
+    rows, record = _published(dataset, "reconstruction"), read_run(workdir)
+    within("num", num, "[1, inf)")
+    which = {"limit": num, "step": step, "weights": weights}
+    judged = None
+    if judge is not None:
+        judged = prepare_judged(workdir, judge, make_mesh(MeshConfig()), **which)
+    lpips = find_lpips(build(AutoencoderRun, record["config"]).loss)
+    figures = reconstruction_figures(workdir, **which, lpips=lpips)
+    _note(workdir, record["job"], which, figures)
+    figures |= judged() if judged else {}
+    _show(figures, rows)
+    return figures
+
+
+def denoiser(
+    workdir: Path,
+    options: SampleOptions = SampleOptions(num=0),
+    judge: JudgeOptions | None = None,
+    *,
+    labels: str = "balanced",
+    keep: Path | None = None,
+    dataset: str = "",
+) -> Figures:
+    """Figures of a denoiser's samples, printed and appended to WORKDIR/evaluation.jsonl.
+
+    `options.num` 0 is 1000 samples of the digits by a classifier, which WORKDIR/classifier.npz
+    keeps, and else 50000 by frozen networks, against the training images or what the judge names.
+    `labels` and `keep` as in `sampling.judged.compile_samples`; they belong to frozen networks.
     """
     record = read_run(workdir)
-    if record["job"] == "train-autoencoder":
-        rows = _published(asked, "reconstruction")
-        figures = _first_stage(workdir, settings, asked, record)
+    run = build(DenoiserRun, record["config"])
+    task = "class-conditional" if conditional(run) else "unconditional"
+    rows = _published(dataset, task)
+    source = read_run(Path(run.autoencoder))["config"].get("images", {}).get("source")
+    by_classifier = judge is None and source == "digits"
+    number = options.num or (NUM_DIGITS if by_classifier else NUM_SAMPLES)
+    options = dataclasses.replace(options, num=number)
+    if by_classifier:
+        if labels != "balanced" or keep:
+            raise InputError(
+                "--labels and --keep belong to frozen networks, and these digits are measured "
+                "by a classifier; leave them out, or add --extractor=random-conv"
+            )
+        model = load_model(workdir, options.which)
+        classifier = open_judge(model.first_stage, model.mesh, Path(workdir) / "classifier.npz")
+        figures = sample_figures(classifier, *draw_images(model, options))
+        figures |= {"step": float(model.step)}
+        _note(workdir, record["job"], dataclasses.asdict(options), figures)
     else:
-        run = build(DenoiserRun, record["config"])
-        conditional = bool(run.model.conditions)
-        rows = _published(asked, "class-conditional" if conditional else "unconditional")
-        source = read_run(Path(run.autoencoder))["config"].get("images", {}).get("source")
-        if asked.judge is None and source == "digits":
-            if (asked.labels, asked.keep) != ("balanced", ""):
-                raise InputError(
-                    "--labels and --keep belong to frozen networks, and these digits are measured "
-                    "by a classifier; leave them out, or add --extractor=random-conv"
-                )
-            settings = dataclasses.replace(settings, num=settings.num or NUM_DIGITS)
-            figures = digit_figures(workdir, settings)
-            _note(workdir, record["job"], dataclasses.asdict(settings), figures)
-        else:
-            figures = image_figures(workdir, settings, asked)
+        model, judge = load_model(workdir, options.which), judge or JudgeOptions()
+        measure = prepare_figures(model, options, judge, workdir, labels=labels, keep=keep)
+        figures = measure(model)
     _show(figures, rows)
     return figures
 
 
-def evaluate_set(path: str, out: Path, settings: SampleOptions, asked: Asked) -> Figures:
-    """Figures of a folder of images or an .npz; OUT/evaluation.jsonl takes them."""
-    refuse_sampling(settings, asked, "a set of images is measured whole")
-    judge, rows = asked.judge or image_judge.JudgeOptions(), _published(asked, *OF_SETS)
-    images = open_set(path)
-    evaluation = image_evaluation.prepare(
+def image_set(
+    path: str, out: Path, judge: JudgeOptions = JudgeOptions(), *, dataset: str = ""
+) -> Figures:
+    """Figures of a folder of images or an .npz, printed; OUT/evaluation.jsonl takes them."""
+    rows, images = _published(dataset, *OF_SETS), open_set(path)
+    evaluation = prepare(
         judge, mesh=make_mesh(MeshConfig()), folder=Path(out) / "evaluation", num=images.num
     )
-    figures = image_evaluation.evaluate(evaluation, images, Path(out) / RESULTS)
+    figures = evaluate(evaluation, images, Path(out) / RESULTS)
     _show(figures, rows)
     return figures
 
 
-def write_statistics(path: str, out: Path, settings: SampleOptions, asked: Asked) -> None:
-    """Writes the statistics of a folder of images or an .npz as OUT.npz, for --reference."""
-    refuse_sampling(settings, asked, "a set of images is measured whole")
-    judge = asked.judge or image_judge.JudgeOptions()
-    if judge.reference or judge.metrics or asked.dataset:
-        raise InputError(
-            "--stats-only compares with nothing; leave --reference, --metrics and --dataset out"
-        )
+def statistics(path: str, out: Path, judge: JudgeOptions = JudgeOptions()) -> None:
+    """Writes the statistics of a folder of images or an .npz as `out`, a judge's reference."""
+    if judge.reference or judge.metrics:
+        raise InputError("--stats-only compares with nothing; leave --reference and --metrics out")
     if out.suffix != ".npz" or out.exists():
         raise InputError(f"--out={out} must be a new file that ends in .npz; give another")
     mesh = make_mesh(MeshConfig())
-    image_evaluation.write_statistics(judge, open_set(path), mesh=mesh, out=out)
+    write_statistics(judge, open_set(path), mesh=mesh, out=out)
 
 
-def image_figures(workdir: Path, settings: SampleOptions, asked: Asked) -> Figures:
-    """Figures of a denoiser's samples by a frozen network, against its training images."""
-    settings = dataclasses.replace(settings, num=settings.num or NUM_SAMPLES)
-    judge = asked.judge or image_judge.JudgeOptions()
-    model = load_model(workdir, settings.which)
-    settings = check_options(settings, model)
-    evaluation = image_evaluation.prepare(
-        judge,
-        mesh=model.mesh,
-        folder=Path(workdir) / "evaluation",
-        num=settings.num,
-        reference=sample_evaluation.reference_of(judge, model.first_stage),
-    )
-    draw = sample_evaluation.compile_samples(model, settings, asked.labels)
-    images = draw(model, Path(asked.keep) if asked.keep else None)
-    image_evaluation.check_keep(evaluation, images)
-    return image_evaluation.evaluate(
-        evaluation,
-        images,
-        Path(workdir) / RESULTS,
-        labels=sample_evaluation.labels_kind(model.run, asked.labels),
-        sampling=sample_evaluation.sampling(settings, model),
-        record={"step": model.step},
-    )
+def _refuse_sampling(
+    options: EvaluateOptions, samples: SampleOptions, what: str, known: Container[str] = ()
+) -> None:
+    """InputError for flags, but those `known`, that are about samples and not about `what`."""
+    for some, names in (
+        (options, ("num", "labels", "keep")),
+        (samples, [field.name for field in dataclasses.fields(samples)]),
+    ):
+        for name in names:
+            value = getattr(some, name)
+            if name not in known and value != getattr(type(some), name):
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value!r} is about samples, and {what}; leave it "
+                    "out"
+                )
 
 
-def _first_stage(
-    workdir: Path, settings: SampleOptions, asked: Asked, record: dict[str, Any]
-) -> Figures:
-    how = first_stage_settings(settings, asked)
-    judged = None
-    if asked.judge is not None:
-        mesh, results = make_mesh(MeshConfig()), Path(workdir) / RESULTS
-        judged = reconstruction_evaluation.prepare(Path(workdir), asked.judge, results, mesh, **how)
-    lpips = find_lpips(build(AutoencoderRun, record["config"]).loss)
-    figures = reconstruction_figures(workdir, **how, lpips=lpips)
-    _note(workdir, record["job"], how, figures)
-    return figures | judged() if judged else figures
-
-
-def _note(workdir: Path, job: str, how: dict[str, Any], figures: Figures) -> None:
+def _note(workdir: Path, job: str, settings: dict[str, Any], figures: Figures) -> None:
     """A line of figures that stand outside of any protocol."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = {"job": job, "time": now, "settings": how, "figures": figures}
+    line = {"job": job, "time": now, "settings": settings, "figures": figures}
     if jax.process_index() == 0:
         with (Path(workdir) / RESULTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def _published(asked: Asked, *tasks: str) -> list[published.Row]:
-    """What was published of the data set that was named; InputError for one nobody published of."""
-    if not asked.dataset:
+def _published(dataset: str, *tasks: str) -> list[published.Row]:
+    """What was published of a data set; InputError for one nobody published of."""
+    if not dataset:
         return []
-    rows = [row for task in tasks for row in published.lookup(asked.dataset, task)]
+    rows = [row for task in tasks for row in published.lookup(dataset, task)]
     if not rows:
         known = sorted({name for task in tasks for name in published.datasets(task)})
         raise InputError(
-            f"dataset {asked.dataset!r} has no published {' or '.join(tasks)} figures; there are "
+            f"dataset {dataset!r} has no published {' or '.join(tasks)} figures; there are "
             f"those of {known}"
         )
     return rows
@@ -178,77 +265,3 @@ def _show(figures: Figures, rows: list[published.Row]) -> None:
             print(f"{name:40s} {value:.4f}")
         for row in rows:
             print(published.describe(row))
-
-
-def refuse_sampling(
-    settings: SampleOptions, asked: Asked, what: str, known: Container[str] = ()
-) -> None:
-    """InputError for flags, but those `known`, that are about samples and not about `what`."""
-    given = dataclasses.asdict(settings) | {"labels": asked.labels, "keep": asked.keep}
-    neutral = dataclasses.asdict(SampleOptions(num=0))
-    neutral |= {"labels": Asked.labels, "keep": Asked.keep}
-    for name, value in given.items():
-        if name not in known and value != neutral[name]:
-            raise InputError(
-                f"--{name.replace('_', '-')} {value!r} is about samples, and {what}; leave it out"
-            )
-
-
-def first_stage_settings(settings: SampleOptions, asked: Asked = Asked()) -> dict[str, Any]:
-    """What of the flags a first stage knows; InputError for those that only samples have."""
-    refuse_sampling(settings, asked, "this workdir holds a first stage", {"num", "step", "weights"})
-    if settings.num < 0:
-        raise InputError(f"num {settings.num} must be at least 1")
-    limit = settings.num or NUM_RECONSTRUCTIONS
-    return {"limit": limit, "step": settings.step, "weights": settings.weights}
-
-
-def find_lpips(
-    loss: AutoencoderLoss,
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray] | None:
-    """LPIPS where a run names its weights or they are where it looks; else None, and says so."""
-    file = loss.perceptual_file if loss.perceptual_weight else ""
-    if not file and not pretrained.default_path("lpips").is_file():
-        print("lpips is left out: `ldm weights lpips` fetches its weights", file=sys.stderr)
-        return None
-    return compile_lpips(pretrained.load("lpips", file))
-
-
-def reconstruction_figures(
-    workdir: Path,
-    limit: int = NUM_RECONSTRUCTIONS,
-    *,
-    step: int = -1,
-    weights: str = "auto",
-    lpips: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None,
-) -> Figures:
-    """Figures of at most `limit` images spread over the held-out split.
-
-    Of the checkpoint `step`, -1 = the newest; see `eval.first_stage.measure` for what they are.
-    """
-    mesh = make_mesh(MeshConfig())
-    first_stage = load_first_stage(workdir, mesh, step=step, weights=weights)
-    source = images.open_images(first_stage.run.images, "held_out", augment=False)
-    chosen = spread(len(source), limit)
-    count = len(chosen)
-    forward = compile_reconstruction(first_stage.config, mesh, min(100, count))
-
-    def batches():
-        for start in range(0, count, 500):
-            indices = chosen[start : start + 500]
-            yield source.read(indices, indices)["image"]
-
-    figures = measure(
-        lambda pictures: forward(first_stage.params, pictures),
-        batches(),
-        lpips=lpips,
-    )
-    return figures | {"step": float(first_stage.step)}
-
-
-def digit_figures(workdir: Path, settings: SampleOptions) -> Figures:
-    """Figures of a denoiser's samples, see `digit_evaluation`; WORKDIR/classifier.npz judges."""
-    model = load_model(workdir, settings.which)
-    judge = open_judge(model.first_stage, model.mesh, Path(workdir) / "classifier.npz")
-    figures = sample_figures(judge, *draw_images(model, settings))
-    return figures | {"step": float(model.step)}

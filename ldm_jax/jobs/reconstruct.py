@@ -10,11 +10,11 @@ import numpy as np
 
 from ldm_jax.data import pixels
 from ldm_jax.data.folder import image_files, read_image
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, divides, within
 from ldm_jax.eval.images_out import png_bytes, save_grid
 from ldm_jax.eval.reconstruction import WINDOW, psnr, ssim
 from ldm_jax.files import write_bytes, write_json
-from ldm_jax.models import autoencoder
+from ldm_jax.options import option
 from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.reconstruction import compile_reconstruction
 from ldm_jax.sharding import MeshConfig, make_mesh
@@ -25,12 +25,14 @@ SHOWN = 32  # pairs in the grid, four to a row
 
 @dataclasses.dataclass(frozen=True)
 class ReconstructOptions:
-    size: int = 0  # pixels a side of what goes through; 0 = the model's resolution
-    batch_size: int = 0  # images at a time; 0 = 8 for each device
+    size: int = option(0, "pixels a side (default: the model's resolution)", metavar="PIXELS")
+    batch_size: int = option(
+        0, "images at a time over all devices (default: 8 for each)", metavar="N"
+    )
 
 
 def run(
-    workdir: Path, images: str, out: Path, settings: ReconstructOptions = ReconstructOptions()
+    workdir: Path, images: str, out: Path, options: ReconstructOptions = ReconstructOptions()
 ) -> dict:
     """Writes OUT/NAME.png for each image, OUT/grid.png and OUT/reconstruction.json, given back.
 
@@ -38,15 +40,15 @@ def run(
     OUT appears when it is whole. Raises InputError for an OUT that holds anything or lies inside
     the folder of the images, and for a size that the model's downsampling does not divide.
     """
-    if settings.batch_size < 0:
-        raise InputError(f"--batch-size {settings.batch_size} must be at least 0, which is 8 each")
+    within("--batch-size", options.batch_size, "[0, inf)", "0 is 8 for each device")
     out = Path(out).resolve()
     _check_place(images, out)
     targets = _targets(images)
     mesh = make_mesh(MeshConfig())
     first_stage = load_first_stage(workdir, mesh)
-    size = _checked_size(settings.size, first_stage.config)
-    batch_size = min(settings.batch_size or 8 * mesh.devices.size, len(targets))
+    size = options.size or first_stage.config.resolution
+    divides("--size", size, first_stage.config.factor, "the model's downsampling factor")
+    batch_size = min(options.batch_size or 8 * mesh.devices.size, len(targets))
     forward = compile_reconstruction(first_stage.config, mesh, batch_size)
     kernel = first_stage.run.images.kernel
     is_main = jax.process_index() == 0
@@ -124,14 +126,3 @@ def _targets(images: str) -> dict[str, str]:
         taken[target] = name
         targets[name] = target
     return targets
-
-
-def _checked_size(size: int, config: autoencoder.AutoencoderConfig) -> int:
-    size = size or config.resolution
-    if size < 1 or size % config.factor:
-        nearest = max(1, round(size / config.factor)) * config.factor
-        raise InputError(
-            f"--size {size} must be positive and divide by {config.factor}, the model's "
-            f"downsampling factor; nearest: {nearest}"
-        )
-    return size

@@ -16,7 +16,7 @@ from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.runs.training import fit
 from ldm_jax.runs.workdir import open_run
-from ldm_jax.sampling import training as training_samples
+from ldm_jax.sampling import judged
 from ldm_jax.sharding import make_mesh
 from ldm_jax.train.state import TrainState
 
@@ -42,7 +42,7 @@ def run(
         hooks.append(held_out.hook(config, facts, mesh, split))
     if config.samples.num:
         codec = codec_of(config, facts)
-        hooks.append(training_samples.hook(config, workdir, mesh, first_stage, codec))
+        hooks.append(judged.hook(config, workdir, mesh, first_stage, codec))
     open_run(workdir, "train-denoiser", config, mesh, describe(cache, facts))
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:

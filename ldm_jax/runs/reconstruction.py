@@ -1,6 +1,8 @@
-"""Reconstructions of a first stage on the mesh, and the evaluation of one that is in training."""
+"""Reconstructions of a first stage on the mesh, and their figures, also while it trains."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,24 +10,39 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ldm_jax.data.images import open_images
+from ldm_jax.eval.evaluation import evaluate, prepare
 from ldm_jax.eval.first_stage import measure
+from ldm_jax.eval.image_sets import ImageStream, open_split
 from ldm_jax.eval.images_out import grid
+from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.eval.reconstruction import psnr
+from ldm_jax.eval.statistics import local_rows, pad_rows
+from ldm_jax.interop import pretrained
 from ldm_jax.models import autoencoder
 from ldm_jax.models.frozen import lpips as perceptual_net
-from ldm_jax.runs.first_stage import FirstStage
+from ldm_jax.runs.first_stage import FirstStage, load_first_stage, tree_hash
 from ldm_jax.runs.settings import AutoencoderRun
-from ldm_jax.sharding import batch_sharding, host_array, process_slice, put_batch, use_mesh
+from ldm_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    host_array,
+    make_mesh,
+    process_slice,
+    put_batch,
+    use_mesh,
+)
+from ldm_jax.train.first_stage import AutoencoderLoss
 from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.state import TrainState
 
 Reconstruct = Callable[[Any, np.ndarray], np.ndarray]  # (parameters, uint8 [N,H,W,3]) -> the same
-
-# (originals, reconstructions), uint8 [B,H,W,3] each -> f32 [B]
-Lpips = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Lpips = Callable[[np.ndarray, np.ndarray], np.ndarray]  # two of uint8 [B,H,W,3] -> f32 [B]
 
 SHOWN = 8  # examples in a grid
 LPIPS_BATCH = 16
+RESULTS = "evaluation.jsonl"
+NUM = 10_000  # held-out images that are measured by default
+JUDGED_BATCH = 128  # images rebuilt at a time for judges, over all devices, rounded up to the mesh
 
 
 def compile_forward(
@@ -57,13 +74,13 @@ def compile_reconstruction(
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-batch_size // ways) * ways
     index, count = process_slice(size, mesh)
-    own = np.arange(size).reshape(count, -1)[index]
+    ours = np.arange(size).reshape(count, -1)[index]
 
     def reconstruct(params, pictures):
         out = []
         for start in range(0, len(pictures), size):
             # The last batch is filled up with copies.
-            rows = np.minimum(start + own, len(pictures) - 1)
+            rows = np.minimum(start + ours, len(pictures) - 1)
             image = put_batch(pictures[rows], mesh, size)
             out.append(host_array(forward(params, image)))
         return np.concatenate(out)[: len(pictures)]
@@ -141,3 +158,91 @@ def evaluation_hook(config: AutoencoderRun, mesh: Mesh, lpips: Lpips | None = No
         )
 
     return Hook(config.eval_every, evaluate)
+
+
+def find_lpips(loss: AutoencoderLoss) -> Lpips | None:
+    """LPIPS where a run names its weights or they are where it looks; else None, and says so."""
+    file = loss.perceptual_file if loss.perceptual_weight else ""
+    if not file and not pretrained.default_path("lpips").is_file():
+        print("lpips is left out: `ldm weights lpips` fetches its weights", file=sys.stderr)
+        return None
+    return compile_lpips(pretrained.load("lpips", file))
+
+
+def reconstruction_figures(
+    workdir: Path,
+    limit: int = NUM,
+    *,
+    step: int = -1,
+    weights: str = "auto",
+    lpips: Lpips | None = None,
+) -> dict[str, float]:
+    """Figures of at most `limit` images spread over the held-out split.
+
+    Of the checkpoint `step`, -1 = the newest; see `eval.first_stage.measure` for what they are.
+    """
+    mesh = make_mesh(MeshConfig())
+    first_stage = load_first_stage(workdir, mesh, step=step, weights=weights)
+    source = open_images(first_stage.run.images, "held_out", augment=False)
+    chosen = spread(len(source), limit)
+    count = len(chosen)
+    forward = compile_reconstruction(first_stage.config, mesh, min(100, count))
+
+    def batches():
+        for start in range(0, count, 500):
+            indices = chosen[start : start + 500]
+            yield source.read(indices, indices)["image"]
+
+    def rebuild(pictures):
+        return forward(first_stage.params, pictures)
+
+    figures = measure(rebuild, batches(), lpips=lpips)
+    return figures | {"step": float(first_stage.step)}
+
+
+def prepare_judged(
+    workdir: Path,
+    judge: JudgeOptions,
+    mesh: Mesh,
+    *,
+    limit: int,
+    step: int,
+    weights: str,
+) -> Callable[[], dict[str, float]]:
+    """() -> figures, prefixed r, of `limit` reconstructions of held-out images spread over them.
+
+    They are held against their originals, or the reference of the judge; WORKDIR/evaluation.jsonl
+    takes them. Raises InputError for what cannot be judged; every process must call both.
+    """
+    first_stage = load_first_stage(workdir, mesh, step=step, weights=weights)
+    config = first_stage.run.images
+    chosen = spread(len(open_images(config, "held_out", augment=False)), limit)
+    originals = open_split(config, "held_out", chosen)
+    evaluation = prepare(
+        judge, mesh=mesh, folder=Path(workdir) / "evaluation", num=originals.num, own=originals
+    )
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-min(JUDGED_BATCH, originals.num) // ways) * ways
+    rows = size // process_slice(size, mesh)[1]
+    forward, source = compile_forward(first_stage.config, mesh), originals.open(rows)
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        pictures = put_batch(pad_rows(source(indices), rows), mesh, size)
+        return local_rows(forward(first_stage.params, pictures))[: len(indices)]
+
+    which = "ema" if first_stage.run.ema.decay else "params"
+    which = which if weights == "auto" else weights
+    digest = f"{originals.digest} by {tree_hash(first_stage.params)[:16]}"
+    rebuilt = ImageStream(originals.num, lambda rows: read, "the reconstructions", digest, rows)
+
+    def figures() -> dict[str, float]:
+        return evaluate(
+            evaluation,
+            rebuilt,
+            Path(workdir) / RESULTS,
+            sampling={"images": originals.digest, "weights": which},
+            prefix="r",
+            record={"step": first_stage.step},
+        )
+
+    return figures

@@ -1,20 +1,26 @@
 """The samples of a denoiser, a batch at a time over the mesh."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from ldm_jax.diffusion.process import make_process
-from ldm_jax.errors import InputError
-from ldm_jax.models import conditions
 from ldm_jax.runs.denoiser import Model
-from ldm_jax.sampling.guidance import check_guidance
-from ldm_jax.sampling.inputs import check_sizes, latent_shape, read_images
+from ldm_jax.sampling.inputs import (
+    check_sizes,
+    checked_classes,
+    initial_noise,
+    label_table,
+    read_images,
+    sample_rows,
+)
 from ldm_jax.sampling.options import SampleOptions, check_values
 from ldm_jax.sampling.program import (
+    check_guidance,
     check_steps,
     compile_decoder,
     compile_sampler,
@@ -23,6 +29,8 @@ from ldm_jax.sampling.program import (
 )
 from ldm_jax.sharding import batch_sharding, check_batch, host_array
 
+Fields = Mapping[str, np.ndarray]
+NO_FIELDS: Fields = MappingProxyType({})
 PROGRESS_ROWS = 16  # samples, the first ones, whose progress is shown
 
 
@@ -32,83 +40,61 @@ class Drawn(NamedTuple):
     progress: np.ndarray  # uint8 [rows,F,H,W,3], the predicted x0 at every so many steps
 
 
-def check_options(settings: SampleOptions, model: Model) -> SampleOptions:
+def check_options(options: SampleOptions, model: Model) -> SampleOptions:
     """The options with their defaults filled in; raises InputError for what the model can't do."""
-    check_values(settings)
-    check_steps(settings, make_process(model.run.process))
-    check_guidance(settings, model)
-    check_sizes(settings, model)
-    count, classes = conditions.num_classes(model.run.model.conditions), settings.classes
-    if not count:
-        if classes:
-            raise InputError("this denoiser is unconditional; leave out --classes and --guidance")
-    else:
-        classes = classes or tuple(range(count))
-        bad = [c for c in classes if not 0 <= c < count]
-        if bad:
-            raise InputError(f"class {bad[0]} is unknown; this denoiser has classes 0..{count - 1}")
+    check_values(options)
+    check_steps(options, make_process(model.run.process))
+    check_guidance(options, model)
+    check_sizes(options, model)
+    classes = checked_classes(options, model.run)
     ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    batch = settings.batch_size or -(-min(settings.num, 100) // ways) * ways
+    batch = options.batch_size or -(-min(options.num, 100) // ways) * ways
     check_batch(batch, model.mesh)
-    return dataclasses.replace(settings, classes=classes, batch_size=batch)
+    return dataclasses.replace(options, classes=classes, batch_size=batch)
 
 
-def initial_noise(settings: SampleOptions, model: Model) -> dict[str, np.ndarray]:
-    """The user's `noise` f32 [num,H,W,C], checked; none when it is drawn from the seed."""
-    if not settings.noise:
-        return {}
-    try:
-        noise = np.load(settings.noise, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"noise file {settings.noise} cannot be read: {error}") from error
-    if not isinstance(noise, np.ndarray):
-        raise InputError(f"noise file {settings.noise} holds several arrays; give one as .npy")
-    want = (settings.num, *latent_shape(settings, model))
-    if noise.shape != want or noise.dtype.kind != "f":
-        raise InputError(
-            f"noise file {settings.noise} has shape {noise.shape} and type {noise.dtype}; it must "
-            f"hold floats of shape {want}"
-        )
-    if not np.isfinite(noise).all():
-        raise InputError(f"noise file {settings.noise} holds values that are not finite")
-    return {"noise": np.asarray(noise, np.float32)}
-
-
-def draw_images(model: Model, settings: SampleOptions) -> tuple[np.ndarray, np.ndarray]:
+def draw_images(
+    model: Model, options: SampleOptions, fields: Fields = NO_FIELDS
+) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 [num,H,W,3] and their classes int64 [num] (zeros for an unconditional model)."""
-    drawn = draw_samples(model, settings)
+    drawn = draw_samples(model, options, fields)
     return drawn.images, drawn.labels
 
 
-def draw_samples(model: Model, settings: SampleOptions) -> Drawn:
-    """The samples, a batch at a time over the mesh; every process must call it and gets all."""
-    settings = check_options(settings, model)
-    given = initial_noise(settings, model) | read_images(settings, model)
-    program, decode = compile_sampler(model, settings), compile_decoder(model)
+def draw_samples(model: Model, options: SampleOptions, fields: Fields = NO_FIELDS) -> Drawn:
+    """The samples, a batch at a time over the mesh; every process must call it and gets all.
+
+    `fields` are what its conditions read beside the class, by name, [N, ...]: sample i takes row
+    i % N.
+    """
+    options = check_options(options, model)
+    starts = initial_noise(options, model) | read_images(options, model)
+    program, decode = compile_sampler(model, options), compile_decoder(model)
     weights = weights_of(model)
-    numbers = numbers_of(settings, make_process(model.run.process))
+    numbers = numbers_of(options, make_process(model.run.process))
     images, progress = [], []
-    for rows in _batches(settings, model, given):
+    for rows in _batches(options, model, starts, fields):
         out, frames = program(weights, numbers, rows)
-        if frames is not None and len(images) * settings.batch_size < PROGRESS_ROWS:
-            at = lambda k: host_array(decode(weights["first_stage"], frames, k))  # noqa: B023, E731
-            progress.append(np.stack([at(k) for k in range(frames.shape[1])], axis=1))
+        if frames is not None and len(images) * options.batch_size < PROGRESS_ROWS:
+            shown = [
+                host_array(decode(weights["first_stage"], frames, k))
+                for k in range(frames.shape[1])
+            ]
+            progress.append(np.stack(shown, axis=1))
         images.append(host_array(out))
-    images = np.concatenate(images)[: settings.num]
+    images = np.concatenate(images)[: options.num]
     shown = np.concatenate(progress) if progress else np.zeros((0, 0, *images.shape[1:]), np.uint8)
-    labels = np.asarray(settings.classes or (0,), np.int64)
-    labels = labels[np.arange(settings.num) % len(labels)]
-    return Drawn(images, labels, shown[: min(settings.num, PROGRESS_ROWS)])
+    labels = label_table(options)(np.arange(options.num))
+    return Drawn(images, labels, shown[: min(options.num, PROGRESS_ROWS)])
 
 
 def _batches(
-    settings: SampleOptions, model: Model, given: dict[str, np.ndarray]
+    options: SampleOptions, model: Model, starts: dict[str, np.ndarray], fields: Fields
 ) -> Iterator[dict[str, Any]]:
-    """The rows that a program is given; those of `given` are taken in turn."""
-    sharding = batch_sharding(model.mesh)
-    classes = np.asarray(settings.classes or (0,), np.int32)
-    for start in range(0, settings.num, settings.batch_size):
-        index = np.arange(start, start + settings.batch_size, dtype=np.int32)
-        rows = {"index": index, "label": classes[index % len(classes)]}
-        rows |= {name: value[index % len(value)] for name, value in given.items()}
+    """The rows that a program is given; those of `starts` are taken in turn."""
+    sharding, labels = batch_sharding(model.mesh), label_table(options)
+    for start in range(0, options.num, options.batch_size):
+        index = np.arange(start, start + options.batch_size)
+        rows = sample_rows(model.run, index, labels(index), fields)
+        rows |= {name: value[index % len(value)] for name, value in starts.items()}
         yield {name: jax.device_put(value, sharding) for name, value in rows.items()}

@@ -1,48 +1,178 @@
-"""What `ldm sample` can be asked for, and what is wrong with an answer whatever the model."""
+"""What `ldm sample` can draw: fields, their flags, and what no model can do."""
 
 import dataclasses
-import math
 
 from ldm_jax.diffusion import samplers
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose, within
+from ldm_jax.options import Group, option
 from ldm_jax.runs.denoiser import WhichWeights
+
+SAMPLES = Group("which samples")
+SAMPLER = Group("sampler")
+GUIDANCE = Group(
+    "guidance",
+    "Leads from the null condition's prediction to the condition's; with a --guide-..., from a "
+    "worse denoiser's of the same latents to this one's (autoguidance).",
+)
+IMAGES = Group(
+    "images to start from",
+    "Sample i begins at image i, in turn: noised and denoised again (--strength), or repainted "
+    "where its mask is white, with its other pixels kept.",
+)
+SIZE = Group("size", "In pixels, by the same weights at other sizes.")
+# Options that say something about guidance and nothing without it.
+GUIDANCE_CHANGES = (
+    "guidance_interval",
+    "guidance_rescale",
+    "guidance_projection",
+    "guided_channels",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """What to draw. Sample i depends on (seed, i) and these alone, not on batch size or mesh."""
 
-    num: int = 16
-    steps: int = 50
-    sampler: str = "ddim"
-    eta: float = -1.0  # noise of the sampler, for those that have it; -1 = its own default
-    churn: tuple[float, ...] = ()  # of sampler edm: S_churn[, S_tmin, S_tmax[, S_noise]]
-    order: int = 0  # of sampler unipc, 1..3; 0 = its own default
-    spacing: str = "auto"  # of the steps, as "trailing" or "karras:7"; "auto" = the process' own
-    temperature: float = 1.0  # multiplies the noise of a stochastic sampler's steps
-    guidance: float = 1.0  # 1 = conditional model only, >1 extrapolates
-    guidance_interval: tuple[float, ...] = (0.0, 1.0)  # guided times; 0 = data, 1 = noise end
-    guidance_rescale: float = 0.0  # 0..1: towards the conditional prediction's deviation
-    guidance_projection: tuple[float, ...] = ()  # APG in x0: eta[, norm threshold]; empty = none
-    guided_channels: tuple[int, ...] = ()  # of the latent; empty = all
-    guide_workdir: str = ""  # autoguidance away from this run; empty = the run itself
-    guide_step: int = -1  # its checkpoint; -1 = its newest, of the run itself the one sampled
-    guide_weights: str = "auto"  # its weights; with the two above left alone: no autoguidance
-    clip_x0: float = 0.0  # predicted latents are kept within -clip_x0..clip_x0; 0 = anywhere
-    threshold_x0: float = 0.0  # quantile of |x0| that is first shrunk to clip_x0; 0 = none
-    init_images: str = ""  # folder or .npz; sample i begins at image i % count; empty = noise
-    strength: float = 1.0  # share of the steps that is taken from the noised image; 1 = all
-    masks: str = ""  # folder or .npz; white is repainted, black keeps the image; empty = all white
-    size: tuple[int, ...] = ()  # pixels, a side or height and width; empty = as trained
-    tile: int = 0  # pixels a side of tiles that the latent is denoised in; 0 = whole
-    tile_overlap: int = -1  # pixels; -1 = half a tile
-    progressive: int = 0  # every so many steps the predicted x0 is shown; 0 = never
-    classes: tuple[int, ...] = ()  # sample i is of class classes[i % len]; empty = all in turn
-    seed: int = 0
-    noise: str = ""  # .npy f32 [N,H,W,C] of initial noise; empty = drawn from the seed
-    batch_size: int = 0  # images at a time over all devices; 0 = min(num, 100), rounded up to fit
-    weights: str = "auto"  # "ema" | "params" | "ema-NAME" | "auto": the average when there is one
-    step: int = -1  # checkpoint; -1 = the newest
+    num: int = option(16, "images to draw (default: 16)", metavar="N")
+    progressive: int = option(
+        0,
+        "writes OUT-progress.png: each sample a row, the image predicted every K steps",
+        metavar="K",
+    )
+
+    classes: tuple[int, ...] = option(
+        (),
+        "classes in turn (default: all)",
+        metavar="I,J,...",
+        group=SAMPLES,
+        syntax="class numbers separated by commas, as 0,3,7",
+    )
+    seed: int = option(0, "of all draws (default: 0)", group=SAMPLES)
+    noise: str = option(
+        "", "initial noise f32 [N,H,W,C] of latents", metavar="FILE.npy", group=SAMPLES
+    )
+    # 0 = min(num, 100), rounded up to fit the mesh
+    batch_size: int = option(0, "images at a time over all devices", metavar="N", group=SAMPLES)
+    weights: str = option(  # "auto": the average when there is one
+        "auto",
+        "auto, params, ema, or ema-NAME of another average, as ema-0.999 or ema-power-0.05",
+        metavar="NAME",
+        group=SAMPLES,
+    )
+    step: int = option(-1, "checkpoint (default: the newest)", group=SAMPLES)
+
+    sampler: str = option(
+        "ddim", "ddim, ddpm, dpmpp_2m, heun, unipc, ...", metavar="NAME", group=SAMPLER
+    )
+    steps: int = option(50, "denoising steps (default: 50)", group=SAMPLER)
+    spacing: str = option(
+        "auto",
+        "of the steps: leading, trailing, karras:7, ... (default: the process' own)",
+        metavar="NAME[:NUMBER]",
+        group=SAMPLER,
+    )
+    eta: float = option(-1.0, "sampler's noise, 0..1 (default: its own)", group=SAMPLER)
+    temperature: float = option(
+        1.0, "multiplies the noise of the steps", metavar="FACTOR", group=SAMPLER
+    )
+    churn: tuple[float, ...] = option(
+        (),
+        "of sampler edm: S_churn[,S_tmin,S_tmax[,S_noise]] (default: 40,0.05,50,1.003)",
+        metavar="AMOUNT,...",
+        group=SAMPLER,
+        syntax="one, three or four numbers separated by commas, as 40,0.05,50,1.003",
+    )
+    order: int = option(0, "of sampler unipc (default: 2)", metavar="1..3", group=SAMPLER)
+    clip_x0: float = option(  # 0 = anywhere
+        0.0,
+        "keeps predicted latents, of deviation 1, within -VALUE..VALUE",
+        metavar="VALUE",
+        group=SAMPLER,
+    )
+    threshold_x0: float = option(  # 0 = none
+        0.0,
+        "shrinks predicted latents until this quantile of their size is at --clip-x0",
+        metavar="QUANTILE",
+        group=SAMPLER,
+    )
+
+    guidance: float = option(
+        1.0,
+        "1 = conditional model only, >1 extrapolates (default: 1)",
+        metavar="SCALE",
+        group=GUIDANCE,
+    )
+    guidance_interval: tuple[float, ...] = option(
+        (0.0, 1.0),
+        "guided times, where 0 is data and 1 the noise end (default: 0,1)",
+        metavar="LOW,HIGH",
+        group=GUIDANCE,
+        syntax="two numbers separated by commas, as 0.2,0.8",
+    )
+    guidance_rescale: float = option(
+        0.0,
+        "0..1: how far to go back to the unguided prediction's deviation",
+        metavar="PHI",
+        group=GUIDANCE,
+    )
+    guidance_projection: tuple[float, ...] = option(
+        (),
+        "APG: share 0..1 of what lies along the predicted x0, greatest norm of the change",
+        metavar="ETA[,NORM]",
+        group=GUIDANCE,
+        syntax="one number or two separated by commas, as 0,15",
+    )
+    guided_channels: tuple[int, ...] = option(
+        (),
+        "of the latent, from 0 (default: all)",
+        metavar="I,J,...",
+        group=GUIDANCE,
+        syntax="channel numbers separated by commas, as 0,1,2",
+    )
+    guide_workdir: str = option(
+        "",
+        "run of the worse denoiser (default: this WORKDIR, at another step or other weights)",
+        metavar="DIR",
+        group=GUIDANCE,
+    )
+    # -1 = the newest of another run, and of the run itself the one that is sampled
+    guide_step: int = option(-1, "its checkpoint (default: its newest)", group=GUIDANCE)
+    guide_weights: str = option("auto", "as --weights", metavar="NAME", group=GUIDANCE)
+
+    init_images: str = option(
+        "",
+        "folder of images, or uint8 [N,H,W,3] as `ldm sample` writes",
+        metavar="DIR_OR_NPZ",
+        group=IMAGES,
+    )
+    strength: float = option(
+        1.0,
+        "share of the steps taken from the noised image; 1 = all, from noise (default: 1)",
+        group=IMAGES,
+    )
+    masks: str = option(
+        "",
+        "white = repaint; one for each image by name, or one for all; .npz: uint8 [N,H,W]",
+        metavar="DIR_OR_NPZ",
+        group=IMAGES,
+    )
+
+    size: tuple[int, ...] = option(
+        (),
+        "of the samples (default: as trained)",
+        metavar="H[,W]",
+        group=SIZE,
+        syntax="one whole number or two separated by commas, as 512,768",
+    )
+    tile: int = option(
+        0,
+        "side of overlapping tiles that are denoised one by one (default: the whole at once)",
+        metavar="SIZE",
+        group=SIZE,
+    )
+    tile_overlap: int = option(
+        -1, "of neighbouring tiles (default: half of one)", metavar="N", group=SIZE
+    )
 
     @property
     def which(self) -> WhichWeights:
@@ -54,37 +184,59 @@ class SampleOptions:
         return self.which.autoguided
 
 
-def check_values(settings: SampleOptions) -> None:
+def check_values(options: SampleOptions) -> None:
     """Raises InputError for what no model can do."""
-    if settings.sampler not in samplers.SAMPLERS:
+    sampler_options(options)
+    within("seed", options.seed, f"[0, {2**32 - 1}]")
+    within("num", options.num, "[1, inf)")
+    within("progressive", options.progressive, "[0, inf)", "a number of steps; 0 shows none")
+    _check_guidance(options)
+    within(
+        "clip-x0",
+        options.clip_x0,
+        "[0, inf)",
+        "1 for pixels, about 4 for latents, whose deviation is 1",
+    )
+    within("threshold-x0", options.threshold_x0, "[0, 1]", "a quantile, as 0.995")
+    if options.threshold_x0 and not options.clip_x0:
         raise InputError(
-            f"sampler {settings.sampler!r} is unknown; choose one of {sorted(samplers.SAMPLERS)}"
+            f"threshold-x0 {options.threshold_x0} shrinks that quantile to --clip-x0; give "
+            "--clip-x0 too, 1 for pixels"
         )
-    sampler_options(settings)
-    if not 0 <= settings.seed < 2**32:
-        raise InputError(f"seed {settings.seed} must be in 0..2**32 - 1")
-    if settings.num < 1:
-        raise InputError(f"num {settings.num} must be at least 1")
-    _check_guidance(settings)
-    _check_limits(settings)
-    _check_images(settings)
-    if settings.progressive < 0:
-        raise InputError(
-            f"progressive {settings.progressive} must be a number of steps; 0 = show none"
-        )
+    _check_images(options)
 
 
-def sampler_options(settings: SampleOptions) -> dict[str, float]:
-    """The options that the sampler is given; raises InputError for one that it does not have."""
-    if settings.eta != -1 and not 0 <= settings.eta <= 1:
+def sampler_options(options: SampleOptions) -> dict[str, float]:
+    """What the sampler is called with beside its inputs; InputError for what it does not have."""
+    choose("sampler", options.sampler, sorted(samplers.SAMPLERS))
+    if options.eta != -1:
+        within("eta", options.eta, "[0, 1]", "leave it out for the sampler's own")
+    within("temperature", options.temperature, "[0, inf)", "1 is plain")
+    within("order", options.order, "[0, 3]", "0 is the sampler's own")
+    _check_churn(options.churn)
+    if options.temperature != 1 and options.sampler == "ddim" and options.eta in (-1, 0):
         raise InputError(
-            f"eta {settings.eta} must be in [0, 1]; leave it out for the sampler's own"
+            f"temperature {options.temperature} multiplies the noise of the steps, and sampler "
+            "'ddim' draws none; give --eta=1 too, or leave it out"
         )
-    if not (math.isfinite(settings.temperature) and settings.temperature >= 0):
-        raise InputError(
-            f"temperature {settings.temperature} must be finite and not negative; 1 is plain"
-        )
-    churn = settings.churn
+    changed = {
+        name: getattr(options, name)
+        for name in ("eta", "temperature", "order")
+        if getattr(options, name) != getattr(SampleOptions, name)
+    }
+    names = ("churn", "churn_from", "churn_to", "inflation")
+    changed |= dict(zip(names, options.churn, strict=False))
+    for name, value in changed.items():
+        if name not in samplers.options(options.sampler):
+            having = [s for s in samplers.SAMPLERS if name in samplers.options(s)]
+            raise InputError(
+                f"{name} {value}: sampler {options.sampler!r} has none; leave it out, or use one "
+                f"of {having}"
+            )
+    return changed
+
+
+def _check_churn(churn: tuple[float, ...]) -> None:
     if len(churn) not in (0, 1, 3, 4) or not all(c >= 0 for c in churn):
         raise InputError(
             f"churn {_listed(churn)} must be numbers from 0 on, S_churn or S_churn,S_tmin,S_tmax "
@@ -95,57 +247,30 @@ def sampler_options(settings: SampleOptions) -> dict[str, float]:
             f"churn {_listed(churn)} is of no sigma: S_tmin must not exceed S_tmax, as in "
             "40,0.05,50,1.003"
         )
-    if settings.temperature != 1 and settings.sampler == "ddim" and settings.eta in (-1, 0):
-        raise InputError(
-            f"temperature {settings.temperature} multiplies the noise of the steps, and sampler "
-            "'ddim' draws none; give --eta=1 too, or leave it out"
-        )
-    if not 0 <= settings.order <= 3:
-        raise InputError(f"order {settings.order} must be in 1..3; leave it out for 2")
-    asked = {"eta": (settings.eta, -1), "temperature": (settings.temperature, 1)}
-    asked |= {"order": (settings.order, 0)}
-    options = {name: value for name, (value, neutral) in asked.items() if value != neutral}
-    names = ("churn", "churn_from", "churn_to", "inflation")
-    options |= dict(zip(names, churn, strict=False))
-    for name, value in options.items():
-        if name not in samplers.options(settings.sampler):
-            having = [s for s in samplers.SAMPLERS if name in samplers.options(s)]
-            raise InputError(
-                f"{name} {value}: sampler {settings.sampler!r} has none; leave it out, or use one "
-                f"of {having}"
-            )
-    return options
 
 
-def _check_guidance(settings: SampleOptions) -> None:
-    if not (math.isfinite(settings.guidance) and settings.guidance >= 0):
-        raise InputError(
-            f"guidance {settings.guidance} must be finite and not negative; 1 is the plain model"
-        )
-    changes = {
-        "guidance-interval": settings.guidance_interval != SampleOptions.guidance_interval,
-        "guidance-rescale": settings.guidance_rescale != 0,
-        "guidance-projection": settings.guidance_projection != (),
-        "guided-channels": settings.guided_channels != (),
-        "guide-workdir, guide-step or guide-weights": settings.autoguided,
-    }
-    changed = [name for name, given in changes.items() if given]
-    if changed and settings.guidance == 1:
+def _check_guidance(options: SampleOptions) -> None:
+    within("guidance", options.guidance, "[0, inf)", "1 is the plain model")
+    changed = [
+        name.replace("_", "-")
+        for name in GUIDANCE_CHANGES
+        if getattr(options, name) != getattr(SampleOptions, name)
+    ]
+    if options.autoguided:
+        changed.append("guide-workdir, guide-step or guide-weights")
+    if changed and options.guidance == 1:
         raise InputError(
             f"{changed[0]} changes guidance, and guidance 1 is none; give --guidance too, or leave "
             "it out"
         )
-    times = settings.guidance_interval
+    times = options.guidance_interval
     if len(times) != 2 or not 0 <= times[0] < times[1] <= 1:
         raise InputError(
             f"guidance-interval {_listed(times)} must be LOW,HIGH with 0 <= LOW < HIGH <= 1, where "
             "0 is data and 1 the noise end; 0.2,0.8 guides the middle"
         )
-    if not 0 <= settings.guidance_rescale <= 1:
-        raise InputError(
-            f"guidance-rescale {settings.guidance_rescale} must be in 0..1; 0 = none, 0.7 is usual"
-        )
-    projection = settings.guidance_projection
+    within("guidance-rescale", options.guidance_rescale, "[0, 1]", "0 = none, 0.7 is usual")
+    projection = options.guidance_projection
     if projection and not (
         len(projection) <= 2 and 0 <= projection[0] <= 1 and all(n > 0 for n in projection[1:])
     ):
@@ -155,39 +280,18 @@ def _check_guidance(settings: SampleOptions) -> None:
         )
 
 
-def _check_limits(settings: SampleOptions) -> None:
-    if not 0 <= settings.clip_x0 < math.inf:
-        raise InputError(
-            f"clip-x0 {settings.clip_x0} must be positive and finite; 1 for pixels, about 4 for "
-            "latents, whose deviation is 1"
-        )
-    if not 0 <= settings.threshold_x0 <= 1:
-        raise InputError(
-            f"threshold-x0 {settings.threshold_x0} must be a quantile in 0..1, as 0.995"
-        )
-    if settings.threshold_x0 and not settings.clip_x0:
-        raise InputError(
-            f"threshold-x0 {settings.threshold_x0} shrinks that quantile to --clip-x0; give "
-            "--clip-x0 too, 1 for pixels"
-        )
-
-
-def _check_images(settings: SampleOptions) -> None:
-    strength = settings.strength
-    if not 0 < strength <= 1:
-        raise InputError(
-            f"strength {strength} must be above 0 and at most 1; 1 takes every step, from noise"
-        )
-    if not settings.init_images:
-        for name, given in (("masks", settings.masks), ("strength", strength != 1)):
-            if given:
+def _check_images(options: SampleOptions) -> None:
+    within("strength", options.strength, "(0, 1]", "1 takes every step, from noise")
+    if not options.init_images:
+        for name in ("masks", "strength"):
+            if getattr(options, name) != getattr(SampleOptions, name):
                 raise InputError(
-                    f"{name} {getattr(settings, name)} is about images to start from; give "
+                    f"{name} {getattr(options, name)} is about images to start from; give "
                     f"--init-images too, or leave --{name} out"
                 )
-    elif strength == 1 and not settings.masks:
+    elif options.strength == 1 and not options.masks:
         raise InputError(
-            f"init-images {settings.init_images} would have no influence at strength 1 and without "
+            f"init-images {options.init_images} would have no influence at strength 1 and without "
             "masks; give --strength=0.6 or --masks"
         )
 

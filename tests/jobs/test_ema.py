@@ -6,6 +6,8 @@ import json
 import jax
 import numpy as np
 import pytest
+from ldm_jax.train.power_ema import coefficients
+from ldm_jax.train.snapshots import Snapshots
 
 from ldm_jax import cli
 from ldm_jax.errors import InputError
@@ -17,8 +19,6 @@ from ldm_jax.sampling.draw import draw_images
 from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, abstract_params, host_array, make_mesh
 from ldm_jax.train.checkpoint import load_weights
-from ldm_jax.train.power_ema import coefficients
-from ldm_jax.train.snapshots import Snapshots
 from tests import tiny
 
 
@@ -79,9 +79,9 @@ def test_a_third_width_is_the_sum_in_f64_on_one_device_and_on_eight(workdir, lik
 
 def test_what_it_writes_is_a_run_to_sample_from_and_not_to_train(workdir, capsys):
     cli.main(["ema", f"--workdir={workdir}", "--width=0.1", "--step=3"])
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     out = workdir / "ema" / "width-0.1-step3"
-    assert told.out.strip() == str(out) and "off by 0.000 %" in told.err
+    assert printed.out.strip() == str(out) and "off by 0.000 %" in printed.err
     settings = SampleOptions(num=8, steps=2)
     model = load_model(out, settings.which)
     assert (model.which, model.step) == ("params", 3)

@@ -30,8 +30,8 @@ def here(tmp_path, monkeypatch):
     np.savez("floats.npz", arr_0=digits(2) / 255)
     np.savez("other.npz", pictures=digits(2))
     header, real = io.BytesIO(), io.BytesIO()
-    told = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 512, 512, 3)}
-    np.lib.format.write_array_header_1_0(header, told)
+    header_fields = {"descr": "|u1", "fortran_order": False, "shape": (10**6, 512, 512, 3)}
+    np.lib.format.write_array_header_1_0(header, header_fields)
     np.save(real, digits(2))
     with zipfile.ZipFile("lie.npz", "w") as archive:
         archive.writestr("arr_0.npy", header.getvalue() + real.getvalue())
@@ -109,7 +109,11 @@ def test_bad_commands_are_refused(capsys, here, flags, words):
 
 def test_frozen_networks_judge_wherever_one_of_their_flags_is_given(monkeypatch):
     seen = []
-    monkeypatch.setattr(evaluate, "run", lambda workdir, settings, asked: seen.append(asked.judge))
+
+    def run(workdir, options, samples, judge):
+        seen.append(judge)
+
+    monkeypatch.setattr(evaluate, "run", run)
     for flag in ("--preset=adm", RANDOM, "--metrics=fid", "--reference=x", "--allow-few"):
         cli.main(["evaluate", "--workdir=w", flag])
     cli.main(["evaluate", "--workdir=w", "--extractor-file=x"])

@@ -108,7 +108,7 @@ def test_a_negative_batch_size_is_refused_and_the_current_folder_is_a_place(
 @pytest.mark.parametrize("size", [-8, 7])
 def test_a_size_that_does_not_divide_is_refused(command, tmp_path, capsys, size):
     line = refused(capsys, [*command, f"--out={tmp_path / 'out'}", f"--size={size}"])
-    assert f"--size {size} must be positive and divide by 2" in line and "nearest: " in line
+    assert f"--size {size} must divide by 2" in line and "nearest: " in line
     assert not (tmp_path / "out").exists()
 
 

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from ldm_jax.data import images
 from ldm_jax.data.records.reader import open_cache
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import cache_latents, evaluate, train_autoencoder, train_denoiser
+from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
 from ldm_jax.models import quantizer
 from ldm_jax.runs.denoiser import load_model
 from ldm_jax.runs.first_stage import load_first_stage
@@ -86,8 +87,8 @@ def test_denoiser_trains_on_them_and_samples_through_the_fine_tuned_decoder(vq, 
     )
     train_denoiser.run(run, workdir)
     settings = SampleOptions(num=8, steps=2)
-    images, _ = draw_images(load_model(workdir, settings.which), settings)
-    assert images.shape == (8, 8, 8, 3) and len(np.unique(images)) > 2
+    drawn, _ = draw_images(load_model(workdir, settings.which), settings)
+    assert drawn.shape == (8, 8, 8, 3) and len(np.unique(drawn)) > 2
 
 
 def test_other_architectures_are_not_begun_with(vq, tmp_path):
@@ -111,7 +112,7 @@ def test_identity_stage_caches_the_pixels_themselves(tmp_path):
         tmp_path, cache_latents.CacheOptions(batch_size=64, pack=8, shard_examples=64)
     )
     cache = open_cache(tmp_path / "latents" / "held_out")
-    source = evaluate.images.open_images(run.images, "held_out", augment=False)
+    source = images.open_images(run.images, "held_out", augment=False)
     rows = np.arange(16)
     pixels = source.read(rows, rows)["image"] / 127.5 - 1
     np.testing.assert_allclose(cache.read(rows, rows)["moments"], pixels, atol=1e-6)

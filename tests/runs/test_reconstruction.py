@@ -10,15 +10,14 @@ import pytest
 from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
 from ldm_jax.eval.reconstruction import psnr
-from ldm_jax.jobs import evaluate
 from ldm_jax.models import autoencoder
 from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.reconstruction import (
     compile_reconstruction,
     make_evaluation,
     reconstruct,
+    reconstruction_figures,
 )
-from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.state import TrainState
 from tests import tiny
@@ -118,7 +117,9 @@ def test_every_kind_of_latent_is_evaluated(latent, mesh):
 
 
 def test_lpips_is_measured_where_it_is_given(trained, mesh):
-    lpips = lambda x, y: np.arange(len(x)) * 1.0  # noqa: E731
+    def lpips(x, y):
+        return np.arange(len(x)) * 1.0
+
     figures, _ = make_evaluation(CONFIG, mesh, lpips=lpips)(state_of(trained.params, {}), 1)
     # In batches of the run's 16: 16, 16 and 5 images.
     assert figures["lpips"] == pytest.approx((2 * 120 + 10) / 37)
@@ -135,16 +136,7 @@ def test_without_an_interval_there_is_no_evaluation_and_no_data_is_opened(mesh):
 
 
 def test_evaluate_gives_the_same_figures_of_a_finished_run(first_stage, trained, mesh):
-    figures = evaluate.reconstruction_figures(first_stage, limit=37)
+    figures = reconstruction_figures(first_stage, limit=37)
     while_training, _ = make_evaluation(CONFIG, mesh)(state_of({}, trained.params), 3)
     assert figures.pop("step") == 3
     assert figures == pytest.approx(while_training, abs=1e-3)
-
-
-def test_flags_about_samples_are_refused_for_a_first_stage():
-    how = evaluate.first_stage_settings(SampleOptions(num=0))
-    assert how == {"limit": 10_000, "step": -1, "weights": "auto"}
-    how = evaluate.first_stage_settings(SampleOptions(num=7, step=3, weights="params"))
-    assert how == {"limit": 7, "step": 3, "weights": "params"}
-    with pytest.raises(InputError, match="--batch-size 8 is about samples"):
-        evaluate.first_stage_settings(SampleOptions(batch_size=8))

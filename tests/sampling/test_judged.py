@@ -10,16 +10,12 @@ from PIL import Image
 
 from ldm_jax.errors import InputError
 from ldm_jax.eval import evaluation
-from ldm_jax.jobs import evaluate
 from ldm_jax.models import denoiser
+from ldm_jax.runs.denoiser import Guide
+from ldm_jax.sampling import judged
 from ldm_jax.sampling.draw import draw_images
-from ldm_jax.sampling.judged import (
-    class_labels,
-    compile_samples,
-    label_table,
-    reference_of,
-    sampling,
-)
+from ldm_jax.sampling.inputs import class_labels, label_table
+from ldm_jax.sampling.judged import compile_samples, prepare_figures, reference_of, sampling
 from ldm_jax.sampling.options import SampleOptions
 from tests.judged import RANDOM, digits, images_of, judges  # noqa: F401
 from tests.sampling.quick import BAD, model_of, network, quick  # noqa: F401
@@ -62,16 +58,20 @@ def test_samples_are_those_of_ldm_sample_in_any_batches(model, drawn, size):
 
 def test_labels_are_those_of_the_tables(model, monkeypatch):
     """The model writes its label into its samples."""
-    shown = lambda config, params, z_t, t, cond: (  # noqa: E731
-        0 * z_t + (0.3 * cond["label"][:, None, None, None] if cond else 0)
-    )
+
+    def shown(config, params, z_t, t, cond):
+        return 0 * z_t + (0.3 * cond["label"][:, None, None, None] if cond else 0)
+
     monkeypatch.setattr(denoiser, "apply", shown)
     settings = dataclasses.replace(SETTINGS, classes=(1, 4, 2), guidance=1.0)
     seen = {}
     for kind in ("balanced", "random"):
         images = compile_samples(model, settings, kind)(model, None)
         seen[kind] = read_all(images)[:, 0, 0, 0].astype(int)
-    shade = lambda classes: 140 + 19 * np.asarray(classes)  # noqa: E731
+
+    def shade(classes):
+        return 140 + 19 * np.asarray(classes)
+
     drawn = class_labels("random", SETTINGS.seed, np.arange(NUM), 3)
     np.testing.assert_allclose(seen["random"], shade((1, 4, 2))[drawn], atol=9)
     want = [1, 4, 2] * 6 + [1, 4]
@@ -122,13 +122,13 @@ def test_what_cannot_be_measured_is_refused(model, change, labels, words):
 
 @pytest.fixture
 def run(model, monkeypatch, tmp_path):
-    """(model, settings changes, Asked) -> figures, of a workdir that holds the quick model."""
+    """(model, judge, labels, keep, changes of the options) -> figures, by a workdir's folder."""
     real = images_of(digits(30))
-    monkeypatch.setattr(evaluate.sample_evaluation, "reference_of", lambda judge, stage: real)
+    monkeypatch.setattr(judged, "reference_of", lambda judge, stage: real)
 
-    def run(of=model, asked=evaluate.Asked(RANDOM), **change):
-        monkeypatch.setattr(evaluate, "load_model", lambda workdir, which: of)
-        return evaluate.image_figures(tmp_path, dataclasses.replace(SETTINGS, **change), asked)
+    def run(of=model, judge=RANDOM, labels="balanced", keep=None, **change):
+        options = dataclasses.replace(SETTINGS, **change)
+        return prepare_figures(of, options, judge, tmp_path, labels=labels, keep=keep)(of)
 
     return run
 
@@ -146,16 +146,19 @@ def test_figures_are_those_of_the_images_of_ldm_sample(run, model, drawn, tmp_pa
 
 def test_what_changes_a_sample_changes_the_name_and_weights_do_not(run, model, monkeypatch):
     """Whatever is drawn: here it is always the same."""
-    same = lambda model, settings, labels: lambda model, keep: images_of(digits(settings.num))  # noqa: E731
-    monkeypatch.setattr(evaluate.sample_evaluation, "compile_samples", same)
+
+    def same(model, options, labels):
+        return lambda model, keep: images_of(digits(options.num))
+
+    monkeypatch.setattr(judged, "compile_samples", same)
     first = run()
     changes = ({"guidance": 3.0}, {"steps": 3}, {"seed": 4}, {"num": 21}, {"sampler": "euler"})
-    changes += ({"classes": (1, 2)}, {"eta": 0.5}, {"asked": evaluate.Asked(RANDOM, "random")})
+    changes += ({"classes": (1, 2)}, {"eta": 0.5}, {"labels": "random"})
     named = [set(first)] + [set(run(**change)) for change in changes]
     named.append(set(run(dataclasses.replace(model, which="params"))))
     assert all(not a & b for i, a in enumerate(named) for b in named[:i])
     assert run(dataclasses.replace(model, params=BAD, step=9)) == first
-    assert run(asked=evaluate.Asked(dataclasses.replace(RANDOM, allow_few=True))) == first
+    assert run(judge=dataclasses.replace(RANDOM, allow_few=True)) == first
     assert run(batch_size=5) == first
 
 
@@ -172,8 +175,6 @@ def test_the_line_names_step_weights_and_protocol(run, model, tmp_path):
 
 
 def test_a_guide_is_named_by_the_checkpoint_that_was_found(model):
-    from ldm_jax.runs.denoiser import Guide
-
     settings = dataclasses.replace(SETTINGS, guide_weights="params")
     guide = Guide(None, model.run, BAD, 4, "params")
     led = sampling(settings, dataclasses.replace(model, guide=guide))
@@ -187,8 +188,8 @@ class Broken(Exception):
 
 @pytest.fixture
 def stop(monkeypatch):
-    """stop(n) breaks the measuring after n more calls; gives all indices that are asked for."""
-    accumulate, asked, left = evaluation.accumulate, [], []
+    """stop(n) breaks the measuring after n more calls; gives the indices of all samples."""
+    accumulate, drawn, left = evaluation.accumulate, [], []
 
     def saving(folder, protocol, measure, rows, **options):
         def call(indices):
@@ -198,44 +199,44 @@ def stop(monkeypatch):
                     left.clear()
                     raise Broken
             if protocol.labels != "none":
-                asked.extend(indices.tolist())
+                drawn.extend(indices.tolist())
             return measure(indices)
 
         return accumulate(folder, protocol, call, rows, **options, save_every=1, save_seconds=0.0)
 
     def stop(calls):
         left[:] = [calls]
-        return asked
+        return drawn
 
     monkeypatch.setattr(evaluation, "accumulate", saving)
     return stop
 
 
 def test_a_stopped_evaluation_draws_nothing_again(run, stop, tmp_path):
-    asked = stop(2)
+    drawn = stop(2)
     with pytest.raises(Broken):
         run()
-    assert asked == list(range(16))
+    assert drawn == list(range(16))
     figures = run()
-    assert asked == list(range(NUM))
+    assert drawn == list(range(NUM))
     (tmp_path / "evaluation.jsonl").unlink()
     assert run() == figures
-    assert asked == 2 * list(range(NUM))  # nothing was left of the first one
+    assert drawn == 2 * list(range(NUM))  # nothing was left of the first one
 
 
 def test_samples_of_other_weights_are_never_joined(run, stop, model):
     other = dataclasses.replace(model, params=BAD)  # of the same step
     want, of_other = run(), run(other)
     assert want != of_other
-    asked = stop(2)
+    drawn = stop(2)
     with pytest.raises(Broken):
         run()
-    del asked[:]
-    assert run(other) == of_other and asked == list(range(NUM))
+    del drawn[:]
+    assert run(other) == of_other and drawn == list(range(NUM))
     stage = dataclasses.replace(model.first_stage, params={"decoder": jnp.ones(2)})
     run(dataclasses.replace(model, first_stage=stage))
-    assert asked == 2 * list(range(NUM))
-    assert run() == want and asked == [*range(NUM), *range(NUM), *range(16, NUM)]
+    assert drawn == 2 * list(range(NUM))
+    assert run() == want and drawn == [*range(NUM), *range(NUM), *range(16, NUM)]
 
 
 def pngs(folder):
@@ -244,19 +245,18 @@ def pngs(folder):
 
 def test_what_was_measured_is_kept_where_it_is_asked_for(run, stop, drawn, tmp_path):
     keep = tmp_path / "samples"
-    kept = evaluate.Asked(RANDOM, keep=str(keep))
     stop(1)
     with pytest.raises(Broken):
         run()  # with nothing kept: the next one begins anew
     stop(2)
     with pytest.raises(Broken):
-        run(asked=kept)
+        run(keep=keep)
     assert len(list(keep.iterdir())) == 16
-    figures = run(asked=kept)
+    figures = run(keep=keep)
     assert [path.name for path in sorted(keep.iterdir())] == [f"{i:06d}.png" for i in range(NUM)]
     np.testing.assert_array_equal(pngs(keep), drawn)
     with pytest.raises(InputError, match=r"keep .*samples must be a new or an empty folder"):
-        run(asked=kept)
+        run(keep=keep)
     assert run() == figures
 
 

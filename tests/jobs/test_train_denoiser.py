@@ -37,7 +37,6 @@ CONFIG = dataclasses.replace(
     samples=SAMPLES,
     ema=dataclasses.replace(tiny.DENOISER.ema, decay=0.9),
 )
-ASKED = evaluate.Asked(RANDOM, labels="random")
 AS_TRAINED = SampleOptions(num=24, steps=2, guidance=1.5, seed=2)
 
 
@@ -52,12 +51,13 @@ def formulas():
     def apply(config, params, z_t, t, cond):
         return params["gain"] * z_t + params["table"][cond["label"]][:, None, None]
 
+    def decode(config, params, z):
+        return upsample_nearest(z.mean(-1, keepdims=True).repeat(3, -1))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(denoiser, "init", init)
         patch.setattr(denoiser, "apply", apply)
         patch.setattr(denoiser, "axes", lambda config: {"gain": (), "table": (None, None)})
-        grey = lambda z: z.mean(-1, keepdims=True).repeat(3, -1)  # noqa: E731
-        decode = lambda config, params, z: upsample_nearest(grey(z))  # noqa: E731
         patch.setattr(autoencoder, "decode", decode)
         yield
 
@@ -104,9 +104,13 @@ def test_figures_are_those_of_ldm_evaluate(trained, capsys):
     assert during[2] != during[4]
     for step in (2, 4):
         settings = dataclasses.replace(AS_TRAINED, step=step)
-        assert evaluate.run(workdir, settings, ASKED) == pytest.approx(during[step], rel=1e-6)
+        assert evaluate.denoiser(workdir, settings, RANDOM, labels="random") == pytest.approx(
+            during[step], rel=1e-6
+        )
         assert len(capsys.readouterr().out.splitlines()) == 5
-    raw = evaluate.run(workdir, dataclasses.replace(AS_TRAINED, weights="params"), ASKED)
+    raw = evaluate.denoiser(
+        workdir, dataclasses.replace(AS_TRAINED, weights="params"), RANDOM, labels="random"
+    )
     assert not raw.keys() & during[4].keys()
     assert not set(raw.values()) <= set(during[4].values())  # the averages are judged in training
     lines = [json.loads(x) for x in (workdir / "evaluation.jsonl").read_text().splitlines()]
@@ -115,18 +119,18 @@ def test_figures_are_those_of_ldm_evaluate(trained, capsys):
 
 
 @pytest.mark.parametrize(
-    ("asked", "words"),
+    ("judge", "change", "words"),
     [
-        (evaluate.Asked(labels="random"), "--labels and --keep belong to frozen networks"),
-        (evaluate.Asked(keep="there"), "--labels and --keep belong to frozen networks"),
-        (evaluate.Asked(dataset="ffhq"), "'ffhq' has no published class-conditional figures"),
-        (evaluate.Asked(RANDOM, labels="sorted"), "labels 'sorted' is unknown"),
+        (None, {"labels": "random"}, "--labels and --keep belong to frozen networks"),
+        (None, {"keep": "there"}, "--labels and --keep belong to frozen networks"),
+        (None, {"dataset": "ffhq"}, "'ffhq' has no published class-conditional figures"),
+        (RANDOM, {"labels": "sorted"}, "labels 'sorted' is unknown"),
     ],
 )
-def test_what_does_not_fit_a_run_is_refused(trained, asked, words):
+def test_what_does_not_fit_a_run_is_refused(trained, judge, change, words):
     before = (trained[0] / "evaluation.jsonl").read_bytes()
     with pytest.raises(InputError, match=words):
-        evaluate.run(trained[0], AS_TRAINED, asked)
+        evaluate.denoiser(trained[0], AS_TRAINED, judge, **change)
     assert (trained[0] / "evaluation.jsonl").read_bytes() == before
 
 

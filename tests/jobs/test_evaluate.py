@@ -1,4 +1,4 @@
-"""rFID: reconstructions of held-out images against their originals."""
+"""`ldm evaluate` of a first stage: rFID of held-out images, and which options belong to it."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import pytest
 
 from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
-from ldm_jax.eval import frechet, judge
+from ldm_jax.eval import frechet
 from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.interop import pretrained
@@ -45,8 +45,8 @@ def held_out():
     return source.read(rows, rows)["image"]
 
 
-def run(workdir, asked=evaluate.Asked(RANDOM), **change):
-    figures = evaluate.run(workdir, SampleOptions(num=NUM, **change), asked)
+def run(workdir, judge=RANDOM, **change):
+    figures = evaluate.first_stage(workdir, judge, num=NUM, **change)
     return {name: value for name, value in figures.items() if "-" in name}
 
 
@@ -84,7 +84,7 @@ def test_weights_are_part_of_the_name_and_the_step_is_not(workdir):
 def test_held_out_images_are_compared_with_a_reference_that_is_named(workdir, held_out, tmp_path):
     np.savez(tmp_path / "originals.npz", arr_0=held_out)
     settings = dataclasses.replace(RANDOM, reference=str(tmp_path / "originals.npz"))
-    own, other = run(workdir), run(workdir, evaluate.Asked(settings))
+    own, other = run(workdir), run(workdir, settings)
     assert list(own.values()) == list(other.values()) and not own.keys() & other.keys()
 
 
@@ -94,39 +94,51 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_measured(workdir, m
 
     monkeypatch.setattr(evaluate, "reconstruction_figures", measured)
     few = dataclasses.replace(RANDOM, metrics=("kid",))
-    for asked, change, words in (
-        (
-            evaluate.Asked(few),
-            {},
-            "'kid': it takes 1000 images or more, and what is judged is of 4",
-        ),
-        (evaluate.Asked(RANDOM), {"num": 5}, "what is judged: 5 images for 6 features"),
-        (evaluate.Asked(RANDOM), {"num": -5}, "num -5 must be at least 1"),
-        (evaluate.Asked(RANDOM), {"steps": 7}, "--steps 7 is about samples, and this workdir"),
-        (evaluate.Asked(None, labels="random"), {}, "--labels 'random' is about samples"),
-        (evaluate.Asked(None, keep="samples"), {}, "--keep 'samples' is about samples"),
-        (
-            evaluate.Asked(None, dataset="ffhq"),
-            {},
-            "'ffhq' has no published reconstruction figures",
-        ),
+    needs = "'kid': it takes 1000 images or more, and what is judged is of 4"
+    for judge, change, words in (
+        (few, {}, needs),
+        (RANDOM, {"num": 5}, "what is judged: 5 images for 6 features"),
+        (RANDOM, {"num": -5}, "num -5 must be at least 1"),
+        (None, {"dataset": "ffhq"}, "'ffhq' has no published reconstruction figures"),
     ):
         with pytest.raises(InputError, match=words):
-            evaluate.run(workdir, SampleOptions(**{"num": NUM, **change}), asked)
+            evaluate.first_stage(workdir, judge, **{"num": NUM, **change})
+    for options, change, words in (
+        ({}, {"steps": 7}, "--steps 7 is about samples, and this workdir"),
+        ({}, {"batch_size": 8}, "--batch-size 8 is about samples"),
+        ({"labels": "random"}, {}, "--labels 'random' is about samples"),
+        ({"keep": "samples"}, {}, "--keep 'samples' is about samples"),
+    ):
+        with pytest.raises(InputError, match=words):
+            evaluate.run(
+                workdir, evaluate.EvaluateOptions(**options), SampleOptions(**change), RANDOM
+            )
     monkeypatch.setattr(judge, "read_weights", pretrained.read)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workdir))
     with pytest.raises(
         InputError, match=r"vgg16.safetensors is missing; `ldm weights vgg16` makes"
     ):
         vgg = JudgeOptions(preset="custom", extractor="vgg16")
-        evaluate.run(workdir, SampleOptions(num=NUM), evaluate.Asked(vgg))
+        evaluate.first_stage(workdir, vgg, num=NUM)
     assert not (workdir / "evaluation.jsonl").exists() and not (workdir / "evaluation").exists()
 
 
 def test_published_figures_stand_below_ours_and_are_marked(workdir, capsys):
-    run(workdir, evaluate.Asked(RANDOM, dataset="imagenet"))
+    run(workdir, dataset="imagenet")
     lines = capsys.readouterr().out.splitlines()
     ours = [line for line in lines if not line.startswith("published: ")]
     assert lines[: len(ours)] == ours and ours[-1].startswith("rcoverage")
     (ours,) = [line for line in lines if line.startswith("published: kl-f8 c=4")]
     assert "rfid 0.9" in ours and "2112.10752" in ours
+
+
+def test_a_first_stage_is_measured_by_the_options_that_it_has(first_stage, monkeypatch):
+    seen = []
+    monkeypatch.setattr(evaluate, "first_stage", lambda *a, **options: seen.append((a, options)))
+    samples = SampleOptions(step=3, weights="params")
+    evaluate.run(first_stage, evaluate.EvaluateOptions(), SampleOptions(), None)
+    evaluate.run(first_stage, evaluate.EvaluateOptions(num=7, dataset="ffhq"), samples, RANDOM)
+    assert seen == [
+        ((first_stage, None), {"num": 10_000, "step": -1, "weights": "auto", "dataset": ""}),
+        ((first_stage, RANDOM), {"num": 7, "step": 3, "weights": "params", "dataset": "ffhq"}),
+    ]
