@@ -19,7 +19,7 @@ from ldm_jax.diffusion.parameterisation import predictor
 from ldm_jax.diffusion.process import ProcessConfig, at_network, make_process
 from ldm_jax.diffusion.samplers import SAMPLERS
 from ldm_jax.keys import example_keys, key_for
-from ldm_jax.models import conditioners, denoiser, unet
+from ldm_jax.models import conditions, denoiser, unet
 
 NAMES = ("ddim", "dpmpp_2m", "heun", "unipc", "ddpm")
 STEPS, REPEATS, LIMIT = 8, 60, 1.05
@@ -34,7 +34,7 @@ MODEL = denoiser.DenoiserConfig(
         attention_factors=(2,),
         num_heads=4,
     ),
-    conditioners.ConditionerConfig(kind="class", num_classes=10, context_dim=64),
+    {"class": conditions.ClassCondition(num_classes=10, context_dim=64)},
 )
 PROCESS = make_process(ProcessConfig())
 

@@ -18,7 +18,8 @@ from ldm_jax.runs.workdir import check_trainable
 from ldm_jax.sampling.draw import draw_images
 from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, abstract_params, host_array, make_mesh
-from ldm_jax.train.checkpoint import load_weights
+from ldm_jax.train.checkpoint import Snapshots, load_weights
+from ldm_jax.train.ema import coefficients
 from tests import tiny
 
 

@@ -153,7 +153,13 @@ def test_a_missing_cache_is_refused(capsys, tmp_path, first_stage):
     ("override", "words"),
     [
         ("--config.model.backbone.in_channels=3", ["in_channels is 3", "2 channels"]),
+        (
+            "--config.model.conditions.class.num_classes=9",
+            ["conditions.class.num_classes is 9", "10 classes"],
+        ),
         ("--config.model.conditioner.num_classes=9", ["num_classes is 9", "10 classes"]),
+        ("--config.model.conditions.class.kind=text", ["'text'", "'class'"]),
+        ("--config.model.backbone.kind=transformer", ["'transformer'", "'unet'"]),
         ("--config.whitening=pca", ["'pca'", "channel"]),
     ],
 )

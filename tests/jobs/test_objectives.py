@@ -42,7 +42,7 @@ def trained(first_stage, tmp_path_factory):
 
 def test_what_is_learned_beside_the_denoiser_resumes_bit_for_bit(first_stage, trained, tmp_path):
     folder, want = trained
-    assert want.params.keys() == want.ema.keys() == {"backbone", "conditioner"}
+    assert want.params.keys() == want.averages["ema"].keys() == {"backbone", "conditioner"}
     assert np.any(want.extra["uncertainty"]["weight"])
     again = tmp_path / "again"
     shutil.copytree(folder, again)

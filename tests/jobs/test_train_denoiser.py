@@ -45,7 +45,7 @@ def formulas():
     """A denoiser and a decoder that compile at once."""
 
     def init(config, key):
-        table = jax.random.normal(key, (config.conditioner.num_classes + 1, 2))
+        table = jax.random.normal(key, (config.conditions["class"].num_classes + 1, 2))
         return {"gain": jnp.float32(0.5), "table": table}
 
     def apply(config, params, z_t, t, cond):

@@ -10,7 +10,7 @@ import pytest
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys
 from ldm_jax.models import latents
-from ldm_jax.models.latents import Whitening, mode, split_moments, whitening
+from ldm_jax.models.latents import CODECS, Whitening, make_codec, split_moments, whitening
 
 sample = jax.jit(latents.sample)
 kl_to_standard_normal = jax.jit(latents.kl_to_standard_normal)
@@ -74,10 +74,14 @@ def test_draw_of_a_row_depends_on_its_key_alone(posterior):
     assert not np.any(np.asarray(sample(m, keys(3, seed=1))) == np.asarray(every))
 
 
+IDENTITY = Whitening((0.0,) * 4, (1.0,) * 4)
+GAUSSIAN, POINT = (make_codec("sample", p, IDENTITY) for p in latents.POSTERIORS)
+
+
 def test_mode_is_the_mean_and_a_draw_without_variance_hits_it(posterior):
     mean, logvar = posterior
     np.testing.assert_array_equal(
-        mode(moments(mean, logvar), mean.shape[-1]), mean.astype(np.float32)
+        GAUSSIAN.encode_mode(moments(mean, logvar)), mean.astype(np.float32)
     )
     certain = moments(mean, np.full_like(mean, -100.0))
     # The clamp leaves a deviation of exp(-15).
@@ -86,12 +90,33 @@ def test_mode_is_the_mean_and_a_draw_without_variance_hits_it(posterior):
 
 def test_a_point_is_its_own_draw_and_mode(posterior):
     point = posterior[0].astype(np.float32)
-    channels = point.shape[-1]
-    np.testing.assert_array_equal(latents.draw(point, keys(3), channels), point)
-    np.testing.assert_array_equal(latents.mode(point, channels), point)
+    np.testing.assert_array_equal(POINT.encode(point, keys(3)), point)
+    np.testing.assert_array_equal(POINT.encode_mode(point), point)
     gaussian = moments(*posterior)
-    drawn = latents.draw(gaussian, keys(3), channels)
+    drawn = GAUSSIAN.encode(gaussian, keys(3))
     np.testing.assert_allclose(drawn, sample(gaussian, keys(3)), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CODECS)
+def test_every_codec_whitens_what_it_encodes_and_decodes_it_again(posterior, kind):
+    white = Whitening((0.5, -1.0, 0.0, 2.0), (2.0, 3.0, 0.5, 1.0))
+    point = jnp.asarray(posterior[0], jnp.float32)
+    m = moments(*posterior)
+    for codec, given, want in (
+        (make_codec(kind, "point", white), point, point),
+        (make_codec(kind, "gaussian", white), m, sample(m, keys(3))),
+    ):
+        z = codec.encode(given, keys(3))
+        assert z.shape[-1] == codec.channels == 4
+        np.testing.assert_allclose(z, white.whiten(want), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(codec.decode(z), want, atol=1e-5)
+        mode = codec.decode(codec.encode_mode(given))
+        np.testing.assert_allclose(mode, point, atol=1e-5)
+
+
+def test_an_unknown_codec_is_refused_with_the_known_ones():
+    with pytest.raises(InputError, match=r"codec 'fsq' is unknown; choose one of .*'sample'"):
+        make_codec("fsq", "point", IDENTITY)
 
 
 def test_log_variance_is_clamped_to_the_published_range():
@@ -154,7 +179,10 @@ def test_unknown_whitening_is_refused_with_the_known_ones():
 
 def test_fixed_factors_are_those_of_published_models():
     z = np.random.default_rng(2).normal(size=(2, 3, 3, 3)).astype(np.float32)
-    fixed = lambda *factors: whitening("fixed", *STATISTICS, *factors)  # noqa: E731
+
+    def fixed(*factors):
+        return whitening("fixed", *STATISTICS, *factors)
+
     np.testing.assert_allclose(fixed((0.18215,)).whiten(z), 0.18215 * z, rtol=1e-6)
     w = fixed((0.5, 2.0, 3.0), (1.0, 0.0, -1.0))
     np.testing.assert_allclose(w.whiten(z), (z - [1, 0, -1]) * [0.5, 2, 3], rtol=1e-5, atol=1e-6)

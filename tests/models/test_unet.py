@@ -10,6 +10,7 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.models import unet
+from ldm_jax.models.conditions import Signals, Widths
 from ldm_jax.models.unet import _ResBlock, _SelfAttention, _SpatialTransformer, time_embedding
 from tests.models.test_layers import apply as apply_module
 from tests.models.test_layers import (
@@ -30,10 +31,16 @@ from tests.models.test_layers import (
 
 def published_count(config, context_dim):
     """Arithmetic over the levels of the published architecture."""
-    conv = lambda i, o, k=3: k * k * i * o + o  # noqa: E731
-    linear = lambda i, o: i * o + o  # noqa: E731
-    norm = lambda c: 2 * c  # noqa: E731
     width, multipliers = config.width, config.width_multipliers
+
+    def conv(i, o, k=3):
+        return k * k * i * o + o
+
+    def linear(i, o):
+        return i * o + o
+
+    def norm(c):
+        return 2 * c
 
     def res(i, o):
         time = linear(4 * width, 2 * o if config.scale_shift_norm else o)
@@ -48,7 +55,8 @@ def published_count(config, context_dim):
         block = 3 * norm(c) + own + cross + linear(c, 8 * c) + linear(4 * c, c)
         return norm(c) + 2 * linear(c, c) + config.transformer_depth * block
 
-    resample = lambda c: res(c, c) if config.resample_in_blocks else conv(c, c)  # noqa: E731
+    def resample(c):
+        return res(c, c) if config.resample_in_blocks else conv(c, c)
 
     total = linear(width, 4 * width) + linear(4 * width, 4 * width)
     total += conv(config.in_channels, width)
@@ -77,8 +85,8 @@ def count(shapes):
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
 
-def shapes_of(config, context_dim=0):
-    return jax.eval_shape(lambda: unet.init(config, jax.random.key(0), context_dim))
+def shapes_of(config, widths=Widths()):
+    return jax.eval_shape(lambda: unet.init(config, jax.random.key(0), widths))
 
 
 # Released models that are no presets of ours (yet): the options that the presets leave alone.
@@ -109,7 +117,7 @@ CHURCHES = unet.UNetConfig(
 )
 def test_released_models_have_their_published_size(config, context_dim, parameters):
     assert published_count(config, context_dim) == parameters
-    assert count(shapes_of(config, context_dim)) == parameters
+    assert count(shapes_of(config, Widths(tokens=context_dim))) == parameters
 
 
 # Small, with every kind of layer: `CROSS` attends to a context, `PLAIN` has churches' options.
@@ -172,7 +180,9 @@ GELU = np.vectorize(lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))))
 
 def np_spatial_transformer(x, context, p, c):
     b, h, w, width = x.shape
-    split = lambda a: a.reshape(b, -1, c.num_heads, width // c.num_heads)  # noqa: E731
+
+    def split(a):
+        return a.reshape(b, -1, c.num_heads, width // c.num_heads)
 
     def attention(x, context, p):
         q, k, v = np_dense(x, p["q"]), np_dense(context, p["k"]), np_dense(context, p["v"])
@@ -222,32 +232,38 @@ apply = jax.jit(unet.apply, static_argnums=0)
 
 @pytest.fixture(scope="module", params=CASES)
 def model(request):
+    """(config, parameters, the signals that it hears)."""
     config, context_dim = CASES[request.param]
-    context = normal(2, 5, context_dim, seed=3) if context_dim else None
-    return config, random_parameters(shapes_of(config, context_dim)), context
+    tokens = normal(2, 5, context_dim, seed=3) if context_dim else None
+    params = random_parameters(shapes_of(config, Widths(tokens=context_dim)))
+    return config, params, Signals(tokens=tokens)
 
 
 Z_T, T = normal(2, 4, 6, 2), np.array([3, 977])
 
 
+def widths_of(signals):
+    return Widths(*(0 if s is None else s.shape[-1] for s in signals))
+
+
 def test_network_is_the_published_arithmetic(model):
-    config, params, context = model
-    y = apply(config, params, Z_T, T, context)
+    config, params, signals = model
+    y = apply(config, params, Z_T, T, signals)
     assert y.shape == (2, 4, 6, 3) and y.dtype == jnp.float32
-    wide = [None if a is None else np.asarray(a, np.float64) for a in (Z_T, context)]
+    wide = [None if a is None else np.asarray(a, np.float64) for a in (Z_T, signals.tokens)]
     np.testing.assert_allclose(y, np_unet(params, wide[0], T, wide[1], config), atol=5e-4)
 
 
 def test_network_is_exactly_zero_when_its_last_convolution_is(model):
     """With the next test: a fresh network predicts exactly 0."""
-    config, params, context = model
+    config, params, signals = model
     params = params | {"conv_out": jax.tree.map(np.zeros_like, params["conv_out"])}
-    assert not np.any(apply(config, params, Z_T, T, context))
+    assert not np.any(apply(config, params, Z_T, T, signals))
 
 
 def test_exactly_the_published_layers_start_at_zero(model):
-    config, _, context = model
-    declared = unet._declared(config, 0 if context is None else context.shape[-1])
+    config, _, signals = model
+    declared = unet._declared(config, widths_of(signals))
     leaves = jax.tree_util.tree_leaves_with_path(declared, is_leaf=lambda x: hasattr(x, "names"))
     for path, leaf in leaves:
         names = [key.key for key in path]
@@ -283,7 +299,8 @@ def test_bfloat16_blocks_stay_close_to_f32(name):
 
 def test_bfloat16_network_returns_f32():
     config = dataclasses.replace(CROSS, compute_dtype="bfloat16")
-    y = jax.eval_shape(lambda p: unet.apply(config, p, Z_T, T, CONTEXT), shapes_of(config, 6))
+    shapes, signals = shapes_of(config, Widths(tokens=6)), Signals(tokens=CONTEXT)
+    y = jax.eval_shape(lambda p: unet.apply(config, p, Z_T, T, signals), shapes)
     assert y.dtype == jnp.float32
 
 
@@ -340,17 +357,49 @@ def test_time_embedding_is_cosines_then_sines_of_frequencies_over_half():
 
 
 def test_context_changes_the_output_and_so_does_time(model):
-    config, params, context = model
-    y = apply(config, params, Z_T, T, context)
-    assert not np.allclose(apply(config, params, Z_T, T[::-1].copy(), context), y, atol=1e-2)
-    if context is not None:
-        assert not np.allclose(apply(config, params, Z_T, T, context[::-1]), y, atol=1e-2)
+    config, params, signals = model
+    y = apply(config, params, Z_T, T, signals)
+    assert not np.allclose(apply(config, params, Z_T, T[::-1].copy(), signals), y, atol=1e-2)
+    if signals.tokens is not None:
+        turned = Signals(tokens=signals.tokens[::-1])
+        assert not np.allclose(apply(config, params, Z_T, T, turned), y, atol=1e-2)
 
 
 def test_axes_have_the_structure_and_ranks_of_the_parameters(model):
-    config, params, context = model
-    axes = unet.axes(config, 0 if context is None else context.shape[-1])
+    config, params, signals = model
+    axes = unet.axes(config, widths_of(signals))
     jax.tree.map(lambda leaf, n: np.testing.assert_equal(len(n), leaf.ndim), params, axes)
+
+
+def test_maps_reach_the_network_beside_z_t_and_a_vector_beside_the_time():
+    """With zeros where they come in, the output is that without them; else it is another."""
+    params = random_parameters(shapes_of(PLAIN))
+    y = apply(PLAIN, params, Z_T, T, Signals())
+    maps = normal(2, 4, 6, 3, seed=5)
+    kernel = params["conv_in"]["kernel"]
+    assert shapes_of(PLAIN, Widths(maps=3))["conv_in"]["kernel"].shape == (3, 3, 2 + 3, 8)
+
+    def seen(of_maps):
+        first = {**params["conv_in"], "kernel": np.concatenate([kernel, of_maps], 2)}
+        return apply(PLAIN, {**params, "conv_in": first}, Z_T, T, Signals(maps=maps))
+
+    np.testing.assert_allclose(seen(np.zeros((3, 3, 3, 8), np.float32)), y, atol=1e-4)
+    assert np.abs(seen(normal(3, 3, 3, 8)) - y).max() > 1e-2
+    assert jax.tree.map(lambda s: s.shape, shapes_of(PLAIN, Widths(vector=32))) == jax.tree.map(
+        lambda s: s.shape, shapes_of(PLAIN)
+    )
+    # A vector is added where the time is: the bias of its last layer says the same to every row.
+    vector = normal(1, 32, seed=6)
+    told = apply(PLAIN, params, Z_T, T, Signals(vector=np.tile(vector, (2, 1))))
+    last = {**params["time_out"], "bias": params["time_out"]["bias"] + vector[0]}
+    want = apply(PLAIN, {**params, "time_out": last}, Z_T, T, Signals())
+    np.testing.assert_allclose(told, want, atol=1e-4)
+    assert np.abs(told - y).max() > 1e-2
+
+
+def test_vectors_of_another_width_than_the_time_are_refused():
+    with pytest.raises(InputError, match=r"vectors of width 31 .* 4 x 8; .* vectors of 32"):
+        shapes_of(CROSS, Widths(vector=31))
 
 
 @pytest.mark.parametrize(

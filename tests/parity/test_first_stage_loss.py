@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from ldm_jax.train.steps import draw_keys
 
 from ldm_jax.interop import names
 from ldm_jax.interop.autoencoder_names import diffusers_names, shapes
@@ -19,6 +18,7 @@ from ldm_jax.keys import normal_like
 from ldm_jax.models import autoencoder, discriminator, quantizer
 from ldm_jax.train import adversarial
 from ldm_jax.train.first_stage import AutoencoderLoss, Recipe, autoencoder_loss
+from ldm_jax.train.step import draw_keys
 from tests.parity import reference, test_discriminator, test_perceptual
 
 pytestmark = pytest.mark.parity
@@ -116,9 +116,11 @@ def ours(kind):
 
     @jax.jit
     def answers(params, adversary, perceptual):
-        compute = lambda p: autoencoder_loss(  # noqa: E731
-            recipe, p, {"image": IMAGES}, np.int32(STEP), adversary, perceptual
-        )
+        def compute(p):
+            return autoencoder_loss(
+                recipe, p, {"image": IMAGES}, np.int32(STEP), adversary, perceptual
+            )
+
         (total, seen), gradients = jax.value_and_grad(compute, has_aux=True)(params)
         real, fake = (
             discriminator.apply(NETWORK, adversary, seen[name])[0] for name in ("x", "x_hat")

@@ -12,6 +12,7 @@ import torch
 from ldm_jax.errors import InputError
 from ldm_jax.interop import names, unet_names
 from ldm_jax.models import unet
+from ldm_jax.models.conditions import Signals, Widths
 from tests.parity import reference
 
 pytestmark = pytest.mark.parity
@@ -57,7 +58,7 @@ Z_T, COTANGENT = reference.draw(1, 2, 8, 12, 3), reference.draw(2, 2, 8, 12, 3)
 
 
 def shapes(config, context_dim):
-    return jax.eval_shape(lambda: unet.init(config, jax.random.key(0), context_dim))
+    return jax.eval_shape(lambda: unet.init(config, jax.random.key(0), Widths(tokens=context_dim)))
 
 
 def context_of(context_dim):
@@ -78,7 +79,10 @@ def their_model(config, context_dim, gain):
 def compiled(config):
     def answers(params, z_t, cotangent, context):
         times = jnp.asarray(TIMES)
-        apply = lambda z_t: unet.apply(config, params, z_t, times, context)  # noqa: E731
+
+        def apply(z_t):
+            return unet.apply(config, params, z_t, times, Signals(tokens=context))
+
         return reference.our_value_and_pullback(apply, z_t, cotangent)
 
     return jax.jit(answers)

@@ -10,11 +10,13 @@ import pytest
 from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
 from ldm_jax.eval.reconstruction import psnr
+from ldm_jax.jobs import train_autoencoder
 from ldm_jax.models import autoencoder
+from ldm_jax.runs import reconstruction
 from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.reconstruction import (
     compile_reconstruction,
-    make_evaluation,
+    evaluation_hook,
     reconstruct,
     reconstruction_figures,
 )
@@ -42,12 +44,15 @@ def held_out():
     return source.read(spread, spread)["image"]
 
 
-def state_of(params, ema):
-    return TrainState(np.int32(1), params, ema, {})
+def evaluated(hook, params, ema=None, step=1):
+    """The figures and pictures of weights, and of their average where there is one."""
+    averages = {} if ema is None else {"ema": ema}
+    report = hook.run(TrainState(np.int32(step), params, {}, averages), step)
+    return report.figures, report.pictures
 
 
 def test_figures_are_those_of_held_out_images_spread_over_the_split(trained, mesh, held_out):
-    figures, pictures = make_evaluation(CONFIG, mesh)(state_of(trained.params, {}), 1)
+    figures, pictures = evaluated(evaluation_hook(CONFIG, mesh), trained.params)
     rebuilt = reconstruct(trained, held_out, mesh)
     assert figures["num_images"] == 37
     assert figures["psnr_db"] == pytest.approx(psnr(held_out, rebuilt).mean(), abs=1e-3)
@@ -62,11 +67,11 @@ def test_figures_are_those_of_held_out_images_spread_over_the_split(trained, mes
 
 
 def test_averaged_weights_are_evaluated_where_there_are_any(trained, mesh):
-    evaluation = make_evaluation(CONFIG, mesh)
+    hook = evaluation_hook(CONFIG, mesh)
     zeros = jax.tree.map(np.zeros_like, trained.params)
-    average, _ = evaluation(state_of(zeros, trained.params), 1)
-    raw, _ = evaluation(state_of(trained.params, {}), 1)
-    nothing, _ = evaluation(state_of(zeros, {}), 1)
+    average, _ = evaluated(hook, zeros, trained.params)
+    raw, _ = evaluated(hook, trained.params)
+    nothing, _ = evaluated(hook, zeros)
     assert average == raw != nothing
 
 
@@ -74,9 +79,9 @@ def test_one_program_serves_every_evaluation(trained, mesh, monkeypatch):
     traces = []
     encode = autoencoder.encode
     monkeypatch.setattr(autoencoder, "encode", lambda *a: traces.append(1) or encode(*a))
-    evaluation = make_evaluation(CONFIG, mesh)
+    hook = evaluation_hook(CONFIG, mesh)
     for step in (1, 2):
-        evaluation(state_of(trained.params, {}), step)
+        evaluated(hook, trained.params, step=step)
     assert len(traces) == 1
 
 
@@ -111,7 +116,7 @@ def test_every_kind_of_latent_is_evaluated(latent, mesh):
         changes |= {"width_multipliers": (1,), "latent_channels": 3}
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **changes))
     params = autoencoder.init(config.model, jax.random.key(0))
-    figures, _ = make_evaluation(config, mesh)(state_of(params, {}), 1)
+    figures, _ = evaluated(evaluation_hook(config, mesh), params)
     assert figures["num_images"] == 37
     assert (figures["psnr_db"] == 100) == (latent == "identity")
 
@@ -120,23 +125,38 @@ def test_lpips_is_measured_where_it_is_given(trained, mesh):
     def lpips(x, y):
         return np.arange(len(x)) * 1.0
 
-    figures, _ = make_evaluation(CONFIG, mesh, lpips=lpips)(state_of(trained.params, {}), 1)
+    figures, _ = evaluated(evaluation_hook(CONFIG, mesh, lpips), trained.params)
     # In batches of the run's 16: 16, 16 and 5 images.
     assert figures["lpips"] == pytest.approx((2 * 120 + 10) / 37)
 
 
-def test_without_an_interval_there_is_no_evaluation_and_no_data_is_opened(mesh):
+def test_a_split_without_images_and_a_share_of_none_are_refused(mesh):
     images = dataclasses.replace(CONFIG.images, held_out_fraction=0.0)
-    config = dataclasses.replace(CONFIG, images=images)
-    assert make_evaluation(dataclasses.replace(config, eval_every=0), mesh) is None
     with pytest.raises(InputError, match=r"held_out split of digits .* is empty"):
-        make_evaluation(config, mesh)
+        evaluation_hook(dataclasses.replace(CONFIG, images=images), mesh)
     with pytest.raises(InputError, match="eval_images 0 must be at least 1"):
         dataclasses.replace(CONFIG, eval_images=0)
 
 
+def test_without_an_interval_there_is_no_evaluation_and_no_data_is_opened(tmp_path, monkeypatch):
+    opened, hooks = [], []
+
+    def recorded(config, split, **options):
+        opened.append(split)
+        return open_images(config, split, **options)
+
+    for module in (train_autoencoder, reconstruction):
+        monkeypatch.setattr(module, "open_images", recorded)
+    monkeypatch.setattr(train_autoencoder, "fit", lambda *a, **more: hooks.append(more["hooks"]))
+    for every in (0, 1):
+        run = dataclasses.replace(CONFIG, eval_every=every)
+        train_autoencoder.run(run, tmp_path / str(every), jax.devices()[:1])
+    assert opened == ["train", "train", "held_out"]
+    assert [[hook.every for hook in each] for each in hooks] == [[], [1]]
+
+
 def test_evaluate_gives_the_same_figures_of_a_finished_run(first_stage, trained, mesh):
     figures = reconstruction_figures(first_stage, limit=37)
-    while_training, _ = make_evaluation(CONFIG, mesh)(state_of({}, trained.params), 3)
+    while_training, _ = evaluated(evaluation_hook(CONFIG, mesh), {}, trained.params, step=3)
     assert figures.pop("step") == 3
     assert figures == pytest.approx(while_training, abs=1e-3)

@@ -249,12 +249,11 @@ def test_bad_settings_are_refused(model, changes, words):
 
 def test_guidance_that_the_model_does_not_know_is_refused(model, guided_model):
     run = model.run
-    none = dataclasses.replace(run.model.conditioner, kind="none")
-    untold = dataclasses.replace(run, model=dataclasses.replace(run.model, conditioner=none))
+    bare = dataclasses.replace(run, model=dataclasses.replace(run.model, conditions={}))
     with pytest.raises(InputError, match=r"unconditional; .*--guide-workdir"):
-        check_options(FEW, dataclasses.replace(model, run=untold))
+        check_options(FEW, dataclasses.replace(model, run=bare))
     led = dataclasses.replace(FEW, guide_workdir="worse")
-    assert check_options(led, dataclasses.replace(guided_model, run=untold)).classes == ()
+    assert check_options(led, dataclasses.replace(guided_model, run=bare)).classes == ()
     with pytest.raises(InputError, match="without its guide"):
         check_options(led, model)
     never = dataclasses.replace(run, loss=dataclasses.replace(run.loss, condition_dropout=0.0))

@@ -12,22 +12,41 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh
+from ldm_jax.train import ema
 from ldm_jax.train.checkpoint import Checkpoints, load_weights
-from ldm_jax.train.state import abstract_like, init_state
+from ldm_jax.train.step import Seen, Training, make_trainer
 
 AXES = {"dense": {"kernel": ("in_channels", "out_channels"), "bias": ("out_channels",)}}
 OPTIMIZER = optax.adamw(optax.linear_schedule(0.0, 1.0, 10))
 META = {"pending_metrics": [{"loss": 1 / 3}]}
 
 
-def make_state(config=MeshConfig(2, 2, 2), width=6, with_ema=True, axes=AXES):
-    def init():
-        draw = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)  # noqa: E731
+def trainer_of(config=MeshConfig(2, 2, 2), width=6, average=True, axes=AXES):
+    def init(key):
+        def draw(i, *shape):
+            return jax.random.normal(jax.random.key(i), shape)
+
         params = {"dense": {"kernel": draw(0, 8, width), "bias": draw(1, width)}}
         return params | ({"more": draw(2, 4)} if "more" in axes else {})
 
-    state, _ = init_state(init, axes, OPTIMIZER, make_mesh(config), with_ema=with_ema)
-    return state
+    training = Training(
+        init=init,
+        axes=axes,
+        loss=lambda trained, extra, frozen, batch, step: (jnp.float32(0), Seen({}, {})),
+        optimizer=OPTIMIZER,
+        learning_rate=optax.constant_schedule(1.0),
+        average=ema.EmaConfig(decay=0.9 if average else 0.0),
+        batch={},
+    )
+    return make_trainer(training, make_mesh(config))
+
+
+def make_state(**options):
+    return trainer_of(**options).init()
+
+
+def like(*config, **options):
+    return trainer_of(*config, **options).abstract_state
 
 
 def at(state, step):
@@ -84,12 +103,12 @@ def same(got, want):
 
 @pytest.mark.parametrize("config", [MeshConfig(2, 2, 2), MeshConfig(8, 1, 1), MeshConfig(1, 8, 1)])
 def test_restored_state_equals_the_saved_one_bit_for_bit_on_any_mesh(saved, state, opened, config):
-    like = abstract_like(make_state(config))
-    restored, meta = opened(saved).restore(3, like)
+    abstract = like(config)
+    restored, meta = opened(saved).restore(3, abstract)
     same(restored, state)
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     assert meta == META | {"step": 3}
-    jax.tree.map(lambda x, a: np.testing.assert_equal(x.sharding, a.sharding), restored, like)
+    jax.tree.map(lambda x, a: np.testing.assert_equal(x.sharding, a.sharding), restored, abstract)
 
 
 def test_saved_buffers_may_be_donated_at_once(tmp_path, state, opened):
@@ -99,21 +118,21 @@ def test_saved_buffers_may_be_donated_at_once(tmp_path, state, opened):
     checkpoints.save(donated, META)
     jax.tree.map(lambda x: x.delete(), donated)
     checkpoints.wait()
-    same(checkpoints.restore(3, abstract_like(state))[0], state)
+    same(checkpoints.restore(3, like())[0], state)
 
 
 def test_state_without_average_round_trips_and_lacks_the_item(tmp_path, opened):
-    plain = at(make_state(with_ema=False), 2)
+    plain = at(make_state(average=False), 2)
     save(tmp_path, plain)
     checkpoints = opened(tmp_path)
     assert checkpoints.items(2) == {"params", "optimizer", "meta"}
-    restored, _ = checkpoints.restore(2, abstract_like(plain))
+    restored, _ = checkpoints.restore(2, like(average=False))
     same(restored, plain)
-    assert restored.ema == {}
+    assert restored.averages == {}
     with pytest.raises(
         InputError, match=r"/2 lacks \['ema'\]: it was written under another config"
     ):
-        checkpoints.restore(2, abstract_like(make_state()))
+        checkpoints.restore(2, like())
 
 
 def test_restore_names_the_leaf_of_another_shape(saved, opened):
@@ -122,26 +141,26 @@ def test_restore_names_the_leaf_of_another_shape(saved, opened):
         r"\(4,\); dense/kernel has shape \(8, 6\), the configuration gives \(8, 4\); use"
     )
     with pytest.raises(InputError, match=message):
-        opened(saved).restore(3, abstract_like(make_state(width=4)))
+        opened(saved).restore(3, like(width=4))
 
 
 def test_restore_names_a_leaf_that_the_checkpoint_lacks(saved, opened):
-    like = abstract_like(make_state(axes=AXES | {"more": (None,)}))
+    more = like(axes=AXES | {"more": (None,)})
     with pytest.raises(InputError, match=r"params does not fit: more is missing; use the conf"):
-        opened(saved).restore(3, like)
+        opened(saved).restore(3, more)
 
 
 def test_restore_names_a_leaf_that_the_checkpoint_has_too_many(tmp_path, opened):
     save(tmp_path, at(make_state(axes=AXES | {"more": (None,)}), 3))
     with pytest.raises(InputError, match=r"params does not fit: more is unexpected; use the conf"):
-        opened(tmp_path).restore(3, abstract_like(make_state()))
+        opened(tmp_path).restore(3, like())
 
 
 def test_restore_refuses_the_state_of_another_optimizer(saved, state, opened):
     other = optax.sgd(0.1, momentum=0.9).init(state.params)
-    like = abstract_like(dataclasses.replace(state, opt_state=other))
+    changed = dataclasses.replace(like(), opt_state=other)
     with pytest.raises(InputError, match=r"checkpoints/3: optimizer does not fit: .* is missing"):
-        opened(saved).restore(3, like)
+        opened(saved).restore(3, changed)
 
 
 def test_latest_is_the_highest_number_whatever_the_times_of_the_files(tmp_path, state, opened):
@@ -176,7 +195,7 @@ def test_without_multiples_only_the_newest_are_kept(tmp_path, state):
 def test_saving_a_step_again_leaves_the_first_alone(tmp_path, state, opened):
     save(tmp_path, state)
     save(tmp_path, jax.tree.map(lambda x: x if x.ndim == 0 else x + 1, state))
-    same(opened(tmp_path).restore(3, abstract_like(state))[0], state)
+    same(opened(tmp_path).restore(3, like())[0], state)
 
 
 def test_checkpoint_of_a_killed_run_is_not_half_there(tmp_path, state, opened):
@@ -186,7 +205,7 @@ def test_checkpoint_of_a_killed_run_is_not_half_there(tmp_path, state, opened):
     (torn / "params").mkdir(parents=True)
     checkpoints = opened(tmp_path)
     assert checkpoints.latest() == 3
-    same(checkpoints.restore(3, abstract_like(state))[0], state)
+    same(checkpoints.restore(3, like())[0], state)
     checkpoints.save(at(state, 7), META)
     checkpoints.wait()
     assert checkpoints.latest() == 7
@@ -194,29 +213,27 @@ def test_checkpoint_of_a_killed_run_is_not_half_there(tmp_path, state, opened):
 
 
 def test_weights_are_the_average_when_there_is_one(saved, state):
-    like = abstract_like(state).params
-    for which, want in (("ema", state.ema), ("params", state.params)):
-        weights = load_weights(saved, like, which=which)
+    for which, want in (("ema", state.averages["ema"]), ("params", state.params)):
+        weights = load_weights(saved, like().params, which=which)
         assert (weights.step, weights.which) == (3, which)
         same(weights.params, want)
 
 
 def test_weights_of_a_run_without_average_are_the_parameters(tmp_path):
-    plain = at(make_state(with_ema=False), 2)
+    plain = at(make_state(average=False), 2)
     save(tmp_path, plain)
-    weights = load_weights(tmp_path, abstract_like(plain).params, which="params")
+    weights = load_weights(tmp_path, like(average=False).params, which="params")
     assert weights.which == "params"
     same(weights.params, plain.params)
     with pytest.raises(InputError, match=r"lacks \['ema'\]"):
-        load_weights(tmp_path, abstract_like(plain).params, which="ema")
+        load_weights(tmp_path, like(average=False).params, which="ema")
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path, saved, state):
-    like = abstract_like(state).params
     with pytest.raises(InputError, match="holds no checkpoint; train it first"):
-        load_weights(tmp_path / "new", like, which="ema")
+        load_weights(tmp_path / "new", like().params, which="ema")
     with pytest.raises(InputError, match="holds no checkpoint of step 12"):
-        load_weights(saved, like, which="ema", step=12)
+        load_weights(saved, like().params, which="ema", step=12)
 
 
 def test_reading_weights_of_a_running_training_touches_nothing(tmp_path, state):
@@ -225,8 +242,8 @@ def test_reading_weights_of_a_running_training_touches_nothing(tmp_path, state):
     running = tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp-1" / "params"
     running.mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    assert load_weights(tmp_path, abstract_like(state).params, which="ema").step == 3
+    assert load_weights(tmp_path, like().params, which="ema").step == 3
     assert sorted(tmp_path.rglob("*")) == before
     with pytest.raises(InputError, match="holds no checkpoint; train it first"):
-        load_weights(tmp_path / "typo", abstract_like(state).params, which="ema")
+        load_weights(tmp_path / "typo", like().params, which="ema")
     assert not (tmp_path / "typo").exists()

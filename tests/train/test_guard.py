@@ -9,9 +9,9 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.sharding import MeshConfig, make_mesh, put_batch
-from ldm_jax.train import ema, optim, steps
+from ldm_jax.train import ema, optim
 from ldm_jax.train.guard import keep_finite, updates_done
-from ldm_jax.train.state import init_state
+from ldm_jax.train.step import Seen, Training, make_trainer
 from tests.train import test_loop
 from tests.train.test_loop import CONFIG, NUM_STEPS, Broken, Data, metrics, rows, run
 
@@ -22,23 +22,26 @@ def built(name="adamw"):
     config = optim.OptimConfig(
         name=name, lr=0.1, warmup_steps=4, weight_decay=0.1 * (name != "adam")
     )
-    optimizer = optim.make_optimizer(config, 10)
-    state, shardings = init_state(
-        lambda: {"hidden": {"kernel": jnp.ones((8, 2))}},
-        {"hidden": {"kernel": ("in_channels", "out_channels")}},
-        optimizer,
+
+    def loss(trained, extra, frozen, batch, step):
+        kernel = trained["hidden"]["kernel"]
+        return jnp.sqrt(jnp.abs(batch["x"] * kernel.sum()) + batch["y"]).mean(), Seen({}, {})
+
+    row = jax.ShapeDtypeStruct((8,), jnp.float32)
+    trainer = make_trainer(
+        Training(
+            init=lambda key: {"hidden": {"kernel": jnp.ones((8, 2))}},
+            axes={"hidden": {"kernel": ("in_channels", "out_channels")}},
+            loss=loss,
+            optimizer=optim.make_optimizer(config, 10),
+            learning_rate=optim.learning_rate(config, 10),
+            average=ema.EmaConfig(),
+            batch={"x": row, "y": row},
+        ),
         mesh,
-        with_ema=True,
     )
-
-    def loss(params, batch, step):
-        kernel = params["hidden"]["kernel"]
-        return jnp.sqrt(jnp.abs(batch["x"] * kernel.sum()) + batch["y"]).mean(), {}
-
-    rate = optim.learning_rate(config, 10)
-    step = steps.make_step(loss, optimizer, rate, ema.EmaConfig(), mesh, shardings)
-    return state, lambda state, x, y: step(
-        state, put_batch({"x": np.float32(x), "y": np.float32(y)}, mesh, 8)
+    return trainer.init(), lambda state, x, y: trainer.step(
+        state, {}, put_batch({"x": np.float32(x), "y": np.float32(y)}, mesh, 8)
     )
 
 

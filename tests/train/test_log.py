@@ -9,13 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ldm_jax.train import log
-from ldm_jax.train.log import JsonlWriter, MultiWriter, TensorBoardWriter, make_writer, read_metrics
+from ldm_jax.train.log import (
+    JsonlWriter,
+    Meter,
+    MultiWriter,
+    TensorBoardWriter,
+    make_writer,
+    read_metrics,
+)
 
 
 def write(workdir, steps, resume_step=0):
@@ -88,7 +96,7 @@ def test_run_from_the_start_begins_with_no_lines(tmp_path):
 def test_only_the_first_process_writes(tmp_path):
     writer = make_writer(tmp_path, resume_step=0, is_main=False)
     writer.write_scalars(1, {"loss": 1.0})
-    writer.write_hparams({})
+    writer.write_images(1, {})
     writer.flush()
     writer.close()
     assert not list(tmp_path.iterdir())
@@ -100,14 +108,12 @@ def events(workdir):
     return accumulator
 
 
-def test_tensorboard_reads_scalars_images_and_texts(tmp_path):
+def test_tensorboard_reads_scalars_and_images(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
     writer = TensorBoardWriter(tmp_path)
     writer.write_scalars(3, {"loss": 0.25, "lr": 1e-4})
     writer.write_scalars(6, {"loss": 0.125})
     writer.write_images(6, {"samples": image})
-    writer.write_texts(6, {"note": "three words here"})
-    writer.write_hparams({"lr": 0.5})
     writer.close()
     read = events(tmp_path)
     assert [(e.step, e.value) for e in read.Scalars("loss")] == [(3, 0.25), (6, 0.125)]
@@ -115,10 +121,6 @@ def test_tensorboard_reads_scalars_images_and_texts(tmp_path):
     (shown,) = read.Images("samples")
     assert (shown.step, shown.width, shown.height) == (6, 7, 5)
     np.testing.assert_array_equal(Image.open(io.BytesIO(shown.encoded_image_string)), image)
-    (note,) = read.Tensors("note/text_summary")
-    assert note.tensor_proto.string_val[0] == b"three words here"
-    (config,) = read.Tensors("config/text_summary")
-    assert b'"lr": 0.5' in config.tensor_proto.string_val[0]
 
 
 def test_tensorboard_forgets_what_an_interrupted_run_wrote_after_its_checkpoint(tmp_path):
@@ -139,14 +141,10 @@ def test_every_writer_gets_every_call():
     writer = MultiWriter(recorders)
     writer.write_scalars(1, {"a": 1.0})
     writer.write_images(1, {})
-    writer.write_texts(1, {"t": "x"})
-    writer.write_hparams({"h": 1})
     writer.flush()
     writer.close()
     names = [call[0] for call in recorders[0].calls]
-    assert names == [
-        "write_scalars", "write_images", "write_texts", "write_hparams", "flush", "close"
-    ]  # fmt: skip
+    assert names == ["write_scalars", "write_images", "flush", "close"]
     assert recorders[0].calls == recorders[1].calls
 
 
@@ -163,8 +161,7 @@ def clu_interface():
 @pytest.mark.parametrize("writer", [MultiWriter, JsonlWriter, TensorBoardWriter])
 def test_writers_speak_the_interface_of_clu(writer):
     interface = clu_interface()
-    spoken = ("write_scalars", "write_images", "write_texts", "write_hparams", "flush", "close")
-    for name in spoken:
+    for name in ("write_scalars", "write_images", "flush", "close"):
         method = getattr(writer, name)
         assert list(method.__code__.co_varnames[: method.__code__.co_argcount]) == interface[name]
     ours = {n for n in vars(writer) if n.startswith("write_")}
@@ -181,3 +178,33 @@ def test_lines_are_plain_json(tmp_path):
     write(tmp_path, [7])
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 7, "loss": 1.0}
+
+
+def test_meter_gives_f64_means_and_empties():
+    meter = Meter([{"a": 1.0}])
+    meter.add({"a": jnp.float32(0.1)})
+    meter.add({"a": jnp.float32(0.2)})
+    assert meter.flush() == {"a": np.mean([1.0, float(np.float32(0.1)), float(np.float32(0.2))])}
+    assert meter.pending == []
+
+
+def test_meter_divides_sums_by_counts_and_leaves_out_what_was_not_counted():
+    meter = Meter()
+    for total, count in ((3.0, 1.0), (0.0, 0.0), (5.0, 3.0)):
+        meter.add({"a/sum": total, "a/count": count, "b/sum": 0.0, "b/count": 0.0})
+    assert meter.flush() == {"a": 2.0}
+
+
+def test_skipped_steps_are_counted_and_left_out_of_the_means():
+    meter = Meter()
+    meter.add({"loss": 1.0, "skipped": 0.0})
+    meter.add({"loss": 9.0, "skipped": 1.0})
+    meter.add({"loss": float("nan"), "skipped": 0.0})
+    assert meter.skipped_in_a_row == 2
+    assert meter.content() == {
+        "pending_metrics": [{"loss": 1.0}, {"skipped": 1.0}, {"skipped": 1.0}],
+        "skipped_in_a_row": 2,
+    }
+    meter.add({"loss": 4.0})
+    assert meter.skipped_in_a_row == 0
+    assert meter.flush() == {"loss": 2.5, "skipped_steps": 2.0}

@@ -18,6 +18,7 @@ from ldm_jax.train import loop
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.log import read_metrics
 from ldm_jax.train.state import TrainState
+from ldm_jax.train.step import Trainer, placed
 
 NUM_STEPS = 7
 CONFIG = loop.LoopConfig(num_steps=NUM_STEPS, log_every=3, checkpoint_every=100)
@@ -58,8 +59,9 @@ class Data:
             self.closed += 1
 
 
-def fresh(mesh):
-    state = TrainState(jnp.int32(0), {"w": jnp.ones(2)}, {}, {"m": jnp.zeros(2)})
+def fresh(mesh, params=None):
+    params = {"w": jnp.ones(2)} if params is None else params
+    state = TrainState(jnp.int32(0), params, {"m": jnp.zeros(2)})
     return jax.device_put(state, replicated(mesh))
 
 
@@ -69,20 +71,31 @@ def step(state, batch):
     m = 0.9 * state.opt_state["m"] + batch["x"]
     w = state.params["w"] - 0.1 * m
     metrics = {"loss": jnp.square(w).sum(), "x": batch["x"][0]}
-    return TrainState(state.step + 1, {"w": w}, {}, {"m": m}), metrics
+    return TrainState(state.step + 1, {"w": w}, {"m": m}), metrics
 
 
-def run(workdir, mesh, data=None, config=CONFIG, step=step, evaluate=None):
-    return loop.train(
-        config,
-        workdir=workdir,
-        name="test",
-        state=fresh(mesh),
-        step=step,
-        batches=data or Data(),
-        batch_size=2,
+def trainer_of(mesh, step=step, params=None):
+    """Of a step (state, batch), which is not compiled."""
+
+    def init():
+        return fresh(mesh, params)
+
+    shapes = jax.eval_shape(init)
+    return Trainer(
         mesh=mesh,
-        evaluate=evaluate,
+        abstract_state=placed(shapes, jax.tree.map(lambda _: replicated(mesh), shapes)),
+        abstract_frozen={},
+        batch_spec={"x": jax.ShapeDtypeStruct((2,), jnp.float32)},
+        init=init,
+        init_from=lambda params: fresh(mesh, params),
+        step=lambda state, frozen, batch: step(state, batch),
+    )
+
+
+def run(workdir, mesh, data=None, config=CONFIG, step=step, hooks=()):
+    trainer = trainer_of(mesh, step)
+    return loop.train(
+        config, trainer, {}, data or Data(), workdir=workdir, name="test", hooks=hooks
     )
 
 
@@ -229,18 +242,10 @@ def test_checkpoints_come_at_every_interval_and_at_the_end(mesh, tmp_path):
 def test_unreadable_checkpoint_stops_the_run_and_is_kept(mesh, tmp_path):
     """Never a fresh start by itself."""
     run(tmp_path, mesh)
-    other = dataclasses.replace(fresh(mesh), params={"v": jnp.ones(3)})
+    longer = dataclasses.replace(CONFIG, num_steps=9)
+    other = trainer_of(mesh, params={"v": jnp.ones(3)})
     with pytest.raises(InputError, match=r"params does not fit: v is missing"):
-        loop.train(
-            dataclasses.replace(CONFIG, num_steps=9),
-            workdir=tmp_path,
-            name="test",
-            state=other,
-            step=step,
-            batches=Data(),
-            batch_size=2,
-            mesh=mesh,
-        )
+        loop.train(longer, other, {}, Data(), workdir=tmp_path, name="test")
     checkpoints = Checkpoints(tmp_path, read_only=True)
     assert checkpoints.latest() == NUM_STEPS
     checkpoints.close()
@@ -248,12 +253,15 @@ def test_unreadable_checkpoint_stops_the_run_and_is_kept(mesh, tmp_path):
 
 def test_what_a_checkpoint_is_given_stays_as_it_was(mesh, tmp_path, monkeypatch):
     """It is written in the background, while later steps add metrics."""
-    given = []
-    keep = lambda self, state, meta, score: given.append((meta, copy.deepcopy(meta)))  # noqa: E731
+    metas = []
+
+    def keep(self, state, meta, score):
+        metas.append((meta, copy.deepcopy(meta)))
+
     monkeypatch.setattr(Checkpoints, "save", keep)
     run(tmp_path, mesh, config=dataclasses.replace(CONFIG, log_every=100, checkpoint_every=2))
-    assert [len(meta["pending_metrics"]) for _, meta in given] == [2, 4, 6, 0]
-    assert all(later == then for later, then in given)
+    assert [len(meta["pending_metrics"]) for _, meta in metas] == [2, 4, 6, 0]
+    assert all(later == then for later, then in metas)
 
 
 def test_metrics_are_read_one_step_late(mesh, tmp_path, monkeypatch):
@@ -270,19 +278,34 @@ def test_metrics_are_read_one_step_late(mesh, tmp_path, monkeypatch):
     assert order == ["step 0", "step 1", "read", "step 2", "read", "read"]
 
 
-def test_meter_gives_f64_means_and_empties():
-    meter = loop.Meter([{"a": 1.0}])
-    meter.add({"a": jnp.float32(0.1)})
-    meter.add({"a": jnp.float32(0.2)})
-    assert meter.flush() == {"a": np.mean([1.0, float(np.float32(0.1)), float(np.float32(0.2))])}
-    assert meter.pending == []
+def test_a_run_may_begin_with_given_parameters_and_a_resumed_one_goes_on_with_its_own(
+    mesh, tmp_path
+):
+    config, trainer = dataclasses.replace(CONFIG, num_steps=1), trainer_of(mesh)
+
+    def go(config):
+        given = {"w": jnp.full(2, 5.0)}
+        return loop.train(
+            config, trainer, {}, Data(), workdir=tmp_path, name="test", start_from=given
+        )
+
+    first = go(config)
+    np.testing.assert_allclose(first.params["w"], 5 - 0.1 * rows(0), rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, go(config), first)
 
 
-def test_meter_divides_sums_by_counts_and_leaves_out_what_was_not_counted():
-    meter = loop.Meter()
-    for total, count in ((3.0, 1.0), (0.0, 0.0), (5.0, 3.0)):
-        meter.add({"a/sum": total, "a/count": count, "b/sum": 0.0, "b/count": 0.0})
-    assert meter.flush() == {"a": 2.0}
+def test_networks_that_are_read_reach_every_step_and_no_checkpoint(mesh, tmp_path):
+    frozen, seen = {"network": jnp.ones(3)}, []
+
+    def recording(state, frozen, batch):
+        seen.append(frozen)
+        return step(state, batch)
+
+    trainer = dataclasses.replace(trainer_of(mesh), step=recording)
+    loop.train(CONFIG, trainer, frozen, Data(), workdir=tmp_path, name="test")
+    assert len(seen) == NUM_STEPS and all(x is frozen for x in seen)
+    items = {p.name for p in (tmp_path / "checkpoints" / str(NUM_STEPS)).iterdir() if p.is_dir()}
+    assert items == {"params", "optimizer", "meta"}
 
 
 @pytest.mark.parametrize(

@@ -5,19 +5,17 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from ldm_jax.train.gradient import positions
 
 from ldm_jax.data import stream
 from ldm_jax.data.records.reader import open_cache
-from ldm_jax.diffusion.noise_levels import uniform_timesteps
 from ldm_jax.jobs import train_autoencoder, train_denoiser
-from ldm_jax.models import denoiser
+from ldm_jax.runs.build import denoising_of, facts_of_config
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh, process_slice, put_batch, use_mesh
-from ldm_jax.train import steps
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.log import read_metrics
-from ldm_jax.train.state import abstract_like
+from ldm_jax.train.step import placed
 from tests import tiny
+from tests.train.test_denoiser import drawn
 
 MESHES = {
     "1 device": (MeshConfig(1, 1, 1), 1),
@@ -101,7 +99,7 @@ def test_state_is_really_sharded_over_fsdp(runs):
         )
         return held, sum(x.nbytes for x in leaves)
 
-    for part in (state.params, state.ema, state.opt_state):
+    for part in (state.params, state.averages["ema"], state.opt_state):
         held, whole = bytes_on_first_device(part)
         # A quarter, and what is too small to divide.
         assert held < 0.35 * whole
@@ -115,12 +113,13 @@ def test_a_checkpoint_of_one_mesh_restores_on_another(runs, old, new):
     """Round the ring of meshes: each is left once and entered once."""
     state, workdir = runs[1][old]
     checkpoints = Checkpoints(workdir, read_only=True)
-    restored, _ = checkpoints.restore(10, abstract_like(runs[1][new][0]))
+    other = runs[1][new][0]
+    restored, _ = checkpoints.restore(10, placed(other, jax.tree.map(lambda x: x.sharding, other)))
     checkpoints.close()
     for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(host_array(got), host_array(want))
     where = jax.tree.map(lambda x: x.sharding, restored)
-    assert where == jax.tree.map(lambda x: x.sharding, runs[1][new][0])
+    assert where == jax.tree.map(lambda x: x.sharding, other)
 
 
 def test_a_checkpoint_of_many_devices_continues_on_one(runs, first_stage, tmp_path):
@@ -131,27 +130,33 @@ def test_a_checkpoint_of_many_devices_continues_on_one(runs, first_stage, tmp_pa
     np.testing.assert_allclose(losses(workdir), losses(tmp_path), rtol=1e-5)
 
 
+HALF = dataclasses.replace(
+    tiny.DENOISER,
+    seed=3,
+    whitening="none",
+    loss=dataclasses.replace(tiny.DENOISER.loss, condition_dropout=0.5),
+)
+
+
 def batches_and_draws(mesh, first_stage, num_steps=3):
     """Host copies of the first batches and of every draw of their steps, as the mesh sees them."""
     cache = open_cache(first_stage / "latents" / "train")
+    of = denoising_of(HALF, facts_of_config(HALF, tiny.AUTOENCODER.model))
     index, count = process_slice(16, mesh)
-    read = lambda indices, positions: cache.read(indices, positions, flip=True, seed=3)  # noqa: E731
+
+    def read(indices, positions):
+        return cache.read(indices, positions, flip=True, seed=3)
+
+    @jax.jit
+    def draw(batch, step):
+        with use_mesh(mesh):
+            return drawn(of, batch, step)
+
     out = []
     source = stream.batches(read, cache.order(3), 16, shard_index=index, shard_count=count)
     for step, local in zip(range(num_steps), source, strict=False):
         batch = put_batch({k: local[k] for k in ("moments", "label")}, mesh, 16)
-
-        def draw(batch, step):
-            with use_mesh(mesh):
-                times = lambda keys: uniform_timesteps(keys, 1000)  # noqa: E731
-                rows = positions(batch)
-                draws = steps.denoiser_draws(3, step, batch["moments"], rows, 2, times)
-                drop = draws["uniform"] < 0.5
-                cond = {"label": batch["label"]}
-                return draws, denoiser.drop_condition(tiny.DENOISER.model, cond, drop)
-
-        draws, cond = jax.jit(draw)(batch, step)
-        out.append(jax.tree.map(host_array, {"batch": batch, "draws": draws, "cond": cond}))
+        out.append(jax.tree.map(host_array, {"batch": batch, "draws": draw(batch, step)}))
     source.close()
     return out
 
@@ -166,3 +171,5 @@ def test_batches_and_draws_are_bit_equal_on_every_mesh(first_stage):
     assert not np.array_equal(first["draws"]["noise"], second["draws"]["noise"])
     assert not np.array_equal(first["draws"]["noise"][0], first["draws"]["noise"][1])
     assert len(np.unique(first["draws"]["t"])) > 8
+    kept = [d["draws"]["label"] == d["batch"]["label"] for d in reference]
+    assert 0 < np.mean(kept) < 1 and not np.array_equal(kept[0], kept[1])

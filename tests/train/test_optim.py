@@ -1,4 +1,6 @@
-"""AdamW, clipping and schedules against their formulas in f64."""
+"""Optimizers and schedules against their formulas in f64; sharded, saved and restored."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,12 @@ import optax
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.train import optim
+from ldm_jax.models import autoencoder, denoiser
+from ldm_jax.sharding import MeshConfig, host_array, key_name, make_mesh
+from ldm_jax.train import ema, optim
+from ldm_jax.train.checkpoint import Checkpoints
+from ldm_jax.train.step import Seen, Training, make_trainer
+from tests import tiny
 
 PARAMS = {"w": np.array([1.0, -2.0, 0.5], np.float32), "b": np.array([3.0], np.float32)}
 GRADS = [
@@ -153,3 +160,228 @@ def test_unknown_choices_are_refused_with_the_known_ones():
         optim.OptimConfig(decay_steps=0)
     with pytest.raises(InputError, match="'adam' has no weight decay, weight_decay is"):
         optim.OptimConfig(name="adam", weight_decay=0.1)
+
+
+EDGES = ("conv_in",)
+AXES = {
+    "conv_in": {
+        "kernel": (None, None, "in_channels", "out_channels"),
+        "bias": ("out_channels",),
+    },
+    "hidden": {"kernel": ("in_channels", "out_channels"), "bias": ("out_channels",)},
+    "large": {"kernel": ("in_channels", "out_channels")},
+    "embedding": ("vocab", "in_channels"),
+}
+SHAPES = {
+    "conv_in": {"kernel": (3, 3, 2, 4), "bias": (4,)},
+    "hidden": {"kernel": (8, 6), "bias": (6,)},
+    "large": {"kernel": (128, 128)},  # from this size on Adafactor factors
+    "embedding": (11, 8),
+}
+
+
+def random_tree(seed):
+    flat, structure = jax.tree.flatten(SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+    rng = np.random.default_rng(seed)
+    return jax.tree.unflatten(structure, [rng.normal(size=s).astype(np.float32) for s in flat])
+
+
+TREE, SLOPES = random_tree(0), random_tree(1)
+
+
+def one_update(config):
+    optimizer = optim.make_optimizer(config, 10, EDGES)
+    return optimizer.update(SLOPES, optimizer.init(TREE), TREE)[0]
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_optimizer_lowers_a_quadratic(name):
+    optimizer = optim.make_optimizer(optim.OptimConfig(name=name, lr=0.05), 30, EDGES)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.tree.map(lambda x: 2 * x, params)  # of the sum of squares
+        updates, state = optimizer.update(grads, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def run(params):
+        return jax.lax.scan(step, (params, optimizer.init(params)), None, 30)[0][0]
+
+    end = run(TREE)
+    for before, after in zip(jax.tree.leaves(TREE), jax.tree.leaves(end), strict=True):
+        assert np.square(after).sum() < 0.8 * np.square(before).sum()
+
+
+def newton_schulz(g):
+    """Jordan et al., 2024, in f64: five steps of the quintic iteration on G / ||G||_F."""
+    x = g / np.linalg.norm(g)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x
+
+
+def first_adam(g):
+    return -0.1 * g / (np.abs(g) + 1e-8)
+
+
+def first_muon(g):
+    return -0.1 * 0.2 * np.sqrt(max(g.shape)) * newton_schulz(g)
+
+
+def first_adafactor(g):
+    """Without momentum: Shazeer & Stern, 2018, algorithm 4, at its first step, where decay is 0."""
+    square = np.square(g)
+    if g.ndim == 2 and min(g.shape) >= 128:
+        v = square.mean(1, keepdims=True) * square.mean(0, keepdims=True) / square.mean()
+    else:
+        v = square
+    u = g / np.sqrt(v)
+    return -0.1 * u / max(1.0, np.sqrt(np.square(u).mean()))
+
+
+FIRST = {
+    "adamw": first_adam,
+    "adam": first_adam,
+    "lion": lambda g: -0.1 * np.sign(g),
+    "adafactor": first_adafactor,
+    "muon": first_adam,
+}
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_first_update_is_the_published_one(name):
+    config = optim.OptimConfig(name=name, lr=0.1, b1=0.0 if name == "adafactor" else 0.9)
+    want = jax.tree.map(lambda g: FIRST[name](g.astype(np.float64)), SLOPES)
+    if name == "muon":
+        for layer in ("hidden", "large"):
+            want[layer]["kernel"] = first_muon(SLOPES[layer]["kernel"].astype(np.float64))
+    tolerance = 2e-4 if name == "muon" else 1e-5
+    jax.tree.map(
+        lambda got, w: np.testing.assert_allclose(got, w, rtol=tolerance, atol=tolerance),
+        one_update(config),
+        want,
+    )
+
+
+def test_orthogonal_update_has_the_size_of_adamws():
+    """So that the learning rate carries over: 0.2, which is what AdamW's settle at."""
+    update = one_update(optim.OptimConfig(name="muon", lr=1.0))["large"]["kernel"]
+    assert 0.14 < np.sqrt(np.square(update).mean()) < 0.26
+
+
+@pytest.mark.parametrize("name", [n for n in optim.OPTIMIZERS if n != "adam"])
+def test_decay_is_the_rate_times_the_decay_and_the_mask_leaves_out_all_but_kernels(name):
+    config = optim.OptimConfig(name=name, lr=0.1)
+    plain = one_update(config)
+    for mask in optim.MASKS:
+        decayed = one_update(dataclasses.replace(config, weight_decay=0.3, weight_decay_mask=mask))
+        kernels = mask == "all"
+        shares = jax.tree.map(lambda _, k=kernels: 0.03 * k, TREE)
+        for layer in ("conv_in", "hidden", "large"):
+            shares[layer]["kernel"] = 0.03
+        jax.tree.map(
+            lambda d, p, x, share: np.testing.assert_allclose(p - d, share * x, atol=1e-6),
+            decayed,
+            plain,
+            TREE,
+            shares,
+        )
+
+
+def paths_of(tree, wanted=lambda leaf: True):
+    leaves = jax.tree_util.tree_leaves_with_path(
+        tree, is_leaf=lambda x: x is None or isinstance(x, optim.MuonDimensionNumbers)
+    )
+    return {"/".join(key_name(k) for k in path) for path, leaf in leaves if wanted(leaf)}
+
+
+def hidden(model, init, edges):
+    """Paths of what Muon takes of a model."""
+    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0)))
+    return paths_of(optim.muon_dimensions(shapes, edges), lambda d: d is not None)
+
+
+def test_muon_takes_the_hidden_matrices_of_our_models():
+    model = tiny.DENOISER.model
+    got = hidden(model, denoiser.init, model.network.edges)
+    block = "backbone/mid_attention/block0_"
+    for layer in ("self/q", "cross/v", "self/out", "feed_forward/in", "feed_forward/out"):
+        assert f"{block}{layer}/kernel" in got
+    assert "backbone/down0_block0/time/kernel" in got
+    assert "backbone/up0_block0/shortcut/kernel" in got  # a 1x1 convolution is a dense layer
+    assert all(p.endswith("/kernel") for p in got)
+    for word in ("conv", "time_in", "embedding", "sample"):
+        assert not [p for p in got if word in p]
+    assert "backbone/time_in/kernel" in hidden(model, denoiser.init, ())
+    got = hidden(tiny.AUTOENCODER.model, autoencoder.init, autoencoder.EDGES)
+    assert {p.split("/")[-2] for p in got} == {"q", "k", "v", "out", "shortcut"}
+
+
+def made(name):
+    """A trainer on eight devices whose gradients are always the same, and a fresh state."""
+    config = optim.OptimConfig(name=name, lr=0.1, warmup_steps=2)
+
+    def loss(trained, extra, frozen, batch, step):
+        products = jax.tree.map(lambda p, g: (p * g).sum(), trained, SLOPES)
+        return sum(jax.tree.leaves(products)), Seen({}, {})
+
+    training = Training(
+        init=lambda key: jax.tree.map(jnp.asarray, TREE),
+        axes=AXES,
+        loss=loss,
+        optimizer=optim.make_optimizer(config, 10, EDGES),
+        learning_rate=optim.learning_rate(config, 10),
+        average=ema.EmaConfig(decay=0.0),
+        batch={},
+    )
+    trainer = make_trainer(training, make_mesh(MeshConfig(2, 2, 2)))
+    return trainer, trainer.init()
+
+
+def bytes_on_a_device(tree):
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_state_is_sharded_as_the_parameters_are(name):
+    state = made(name)[1]
+    of_params = bytes_on_a_device(state.params)
+    assert of_params < 0.3 * sum(x.nbytes for x in jax.tree.leaves(TREE))
+    whole = {"adamw": 2, "adam": 2, "lion": 1}.get(name)
+    if whole:
+        assert 0 <= bytes_on_a_device(state.opt_state) - whole * of_params <= 16  # the counts
+    by_path = {p: s for p, s in _specs(state.params)}
+    for path, spec in _specs(state.opt_state):
+        same = [s for p, s in by_path.items() if path[0].endswith(p[0]) and path[1] == p[1]]
+        assert not same or spec == same[0], path
+        assert same or spec == (), path
+
+
+def _specs(tree):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = "/".join(key_name(k) for k in path)
+        spec = leaf.sharding.spec
+        yield (name, leaf.shape), tuple(spec) if any(spec) else ()
+
+
+@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+def test_restored_state_goes_on_bit_for_bit(name, tmp_path):
+    trainer, state = made(name)
+
+    def step(state):
+        return trainer.step(state, {}, {})[0]
+
+    state = step(step(state))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, {})
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(2, trainer.abstract_state)
+    checkpoints.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(host_array(a), host_array(b)),
+        step(restored),
+        step(state),
+    )

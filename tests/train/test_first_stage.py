@@ -1,4 +1,4 @@
-"""The first stage's loss against numpy, against plain differentiation, and in its corners."""
+"""A first stage's loss against numpy and plain differentiation; what its step moves, and when."""
 
 import dataclasses
 
@@ -6,18 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ldm_jax.train.steps import draw_keys
 
+from ldm_jax.data import images
 from ldm_jax.errors import InputError
 from ldm_jax.keys import normal_like
 from ldm_jax.models import autoencoder, discriminator, latents, quantizer
-from ldm_jax.train import adversarial
+from ldm_jax.runs.build import build
+from ldm_jax.sharding import MeshConfig, host_array, make_mesh, put_batch
+from ldm_jax.train import adversarial, ema, optim
 from ldm_jax.train.first_stage import (
     AutoencoderLoss,
     Recipe,
     autoencoder_loss,
     reconstruction_loss,
 )
+from ldm_jax.train.step import draw_keys
 from tests import tiny
 
 PLAIN = AutoencoderLoss(perceptual_weight=0.0)
@@ -45,8 +48,12 @@ def test_loss_sums_over_pixels_and_latents_and_averages_over_images(by_hand):
     """The published reductions: |error| and the KL summed per image, the mean over images."""
     step, p = 7, np.float32(0.9)
     how = recipe(by_hand, dataclasses.replace(PLAIN, kl_weight=0.25))
-    compute = lambda p, batch: autoencoder_loss(how, p, batch, np.int32(step), None, None)  # noqa: E731
-    total, seen = jax.jit(compute)({"encoder": p, "decoder": p}, {"image": IMAGES})
+
+    @jax.jit
+    def compute(p, batch):
+        return autoencoder_loss(how, p, batch, np.int32(step), None, None)
+
+    total, seen = compute({"encoder": p, "decoder": p}, {"image": IMAGES})
     parts = seen["metrics"]
 
     x = IMAGES / 127.5 - 1.0
@@ -138,11 +145,14 @@ def gradients(request):
             has_aux=True,
         )(params)
         kernel = params["decoder"]["conv_out"]["kernel"]
-        norm = lambda part: jnp.linalg.norm(  # noqa: E731
-            jax.grad(lambda k: plain(params, k, part))(kernel).reshape(-1)
-        )
+
+        def norm(part):
+            return jnp.linalg.norm(jax.grad(lambda k: plain(params, k, part))(kernel).reshape(-1))
+
+        def of(p, part):
+            return plain(p, p["decoder"]["conv_out"]["kernel"], part)
+
         weight = jnp.clip(norm("nll") / (norm("g") + 1e-4), 0, 1e4) * how.adversarial.weight
-        of = lambda p, part: plain(p, p["decoder"]["conv_out"]["kernel"], part)  # noqa: E731
         theirs = jax.grad(lambda p: of(p, "nll") + weight * of(p, "g") + of(p, "reg"))(params)
         return ours, theirs, seen["metrics"], weight
 
@@ -159,24 +169,6 @@ def test_gradient_is_that_of_the_weighted_sum(gradients):
         scale = np.abs(want).max()
         assert scale > 0, path
         np.testing.assert_allclose(got, want, atol=1e-4 * scale + noise, err_msg=str(path))
-
-
-def test_discriminator_losses_are_their_formulas():
-    real, fake = np.random.default_rng(0).normal(size=(2, 4, 3, 3, 1)).astype(np.float32) * 2
-    relu = lambda a: np.maximum(a, 0)  # noqa: E731
-    np.testing.assert_allclose(
-        adversarial.hinge(real, fake), (relu(1 - real) + relu(1 + fake)).mean() / 2, rtol=1e-6
-    )
-    cross_entropy = np.log1p(np.exp(-real)) + np.log1p(np.exp(fake))
-    np.testing.assert_allclose(adversarial.vanilla(real, fake), cross_entropy.mean() / 2, rtol=1e-5)
-
-
-def test_adaptive_weight_is_clamped():
-    one = jnp.ones((2, 2))
-    weight = adversarial.adaptive_weight
-    np.testing.assert_allclose(weight(3 * one, one, 1e4), 3 * 2 / (2 + 1e-4), rtol=1e-6)
-    assert weight(one, 0 * one, 1e4) == 1e4
-    assert weight(one, one, 0.5) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -200,3 +192,71 @@ def test_adaptive_weight_is_clamped():
 def test_settings_out_of_range_are_refused(make):
     with pytest.raises(InputError, match=r"must|choose|set|one level"):
         make()
+
+
+def started(run):
+    """A fresh state of a run on one device, its step, and batches of its images."""
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    trainer = build(dataclasses.replace(run, ema=ema.EmaConfig(decay=0.0)), None, mesh)
+    source = images.open_images(run.images, "train", augment=False)
+
+    def step(state, n):
+        rows = (np.arange(run.batch_size) + n * run.batch_size) % len(source)
+        batch = put_batch({"image": source.read(rows, rows)["image"]}, mesh, run.batch_size)
+        return trainer.step(state, {}, batch)
+
+    return trainer.init(), step
+
+
+def host(tree):
+    return jax.tree.map(host_array, tree)
+
+
+def same(a, b):
+    return [
+        np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    ]
+
+
+def test_discriminator_moves_from_its_start_on_and_not_before():
+    state, step = started(tiny.AUTOENCODER)
+    before = host(state.extra["discriminator"])
+    for n in range(tiny.AUTOENCODER.adversarial.start):
+        state, metrics = step(state, n)
+        assert metrics["discriminator"] == metrics["generator"] == 0
+        assert metrics["adversarial_weight"] == 0
+    assert all(same(host(state.extra["discriminator"]), before))
+    state, metrics = step(state, 2)
+    assert metrics["discriminator"] > 0 and metrics["adversarial_weight"] > 0
+    after = host(state.extra["discriminator"])
+    assert not any(same(kernels(after["params"]), kernels(before["params"])))
+    assert not any(same(after["statistics"], before["statistics"]))
+
+
+def kernels(params):
+    return [layer["kernel"] for layer in params.values()]
+
+
+CODES = dataclasses.replace(
+    tiny.AUTOENCODER,
+    batch_size=64,
+    images=images.ImagesConfig(source="photographs", resolution=8),
+    model=dataclasses.replace(
+        tiny.AUTOENCODER.model,
+        latent="vq",
+        quantizer=quantizer.QuantizerConfig(codebook_size=32, average_decay=0.8, restart_below=4.0),
+    ),
+    adversarial=adversarial.AdversarialConfig(),
+    optim=optim.OptimConfig(lr=1e-3),
+)
+
+
+def test_codes_come_into_use_on_real_photographs():
+    """From one code or two at the start to a perplexity above half of the codebook."""
+    state, step = started(CODES)
+    perplexity = []
+    for n in range(40):
+        state, metrics = step(state, n)
+        perplexity.append(float(metrics["perplexity"]))
+    assert perplexity[0] < 4
+    assert np.mean(perplexity[-20:]) > 16
