@@ -118,7 +118,7 @@ def prepare_figures(
         mesh=model.mesh,
         folder=Path(workdir) / "evaluation",
         num=options.num,
-        own=reference_of(judge, model.first_stage),
+        reference=reference_of(judge, model.first_stage),
     )
 
     def figures(model: Model) -> dict[str, float]:

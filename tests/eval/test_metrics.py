@@ -27,18 +27,10 @@ def figures(name, num):
     return metric.figures(PRESET, tap, measured, Target("", gaussian, {tap: real}.__getitem__))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "fid",
-        "sfid",
-        "inception_score",
-        "kid",
-        "precision_recall",
-        "density_coverage",
-        "memorisation",
-    ],
-)
+BOUND = [name for name in METRICS if name not in ("cmmd", "fid_infinity")]
+
+
+@pytest.mark.parametrize("name", BOUND)
 def test_a_metric_takes_the_fewest_images_that_it_names_and_no_fewer(name):
     least = METRICS[name].least(PRESET)
     assert all(np.isfinite(value) for value in figures(name, least).values())
