@@ -219,7 +219,11 @@ def prepare_judged(
     chosen = spread(len(open_images(config, "held_out", augment=False)), limit)
     originals = open_split(config, "held_out", chosen)
     evaluation = prepare(
-        judge, mesh=mesh, folder=Path(workdir) / "evaluation", num=originals.num, reference=originals
+        judge,
+        mesh=mesh,
+        folder=Path(workdir) / "evaluation",
+        num=originals.num,
+        reference=originals,
     )
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(JUDGED_BATCH, originals.num) // ways) * ways
