@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import keyword
 import typing
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]
     # Which kind a row is decides what fields there are, so that is looked at first.
     layers, overrides = _kinds_first(cls, overrides)
     filled = config_dict(cls, values, *layers)
-    holder, arguments = flags.FlagValues(), ["ldm", *overrides]
+    holder, arguments = flags.FlagValues(), ["ldm", *map(_in_brackets, overrides)]
     try:
         config_flags.DEFINE_config_dict("config", filled, flag_values=holder, sys_argv=arguments)
         rest = holder(arguments)
@@ -225,6 +226,14 @@ def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]
             f"argument {rest[1]!r} is not understood; overrides are --config.field=value"
         )
     return build(cls, holder.config.to_dict())
+
+
+def _in_brackets(argument: str) -> str:
+    """`conditions.class.x=value` as `conditions["class"].x=value`: paths are parsed as Python."""
+    path, equals, value = argument.partition("=")
+    first, *names = path.split(".")
+    names = [f'["{name}"]' if keyword.iskeyword(name) else f".{name}" for name in names]
+    return first + "".join(names) + equals + value
 
 
 def _kinds_first(cls: type, overrides: list[str]) -> tuple[list[dict[str, Any]], list[str]]:

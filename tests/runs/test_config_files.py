@@ -28,7 +28,6 @@ def with_conditions(conditions):
 
 TWO = {"class": ClassCondition(3, 8), "breed": ClassCondition(5, 8)}
 RUNS = {
-    "defaults of a first stage": AutoencoderRun(),
     "defaults of a denoiser": DenoiserRun(),
     "a first stage": tiny.AUTOENCODER,
     "a denoiser": tiny.DENOISER,
@@ -153,6 +152,11 @@ def test_another_kind_has_the_fields_of_its_own():
         ),
         ({"conditions": {"class": TEN | {"num_classes": "3"}}}, [], "num_classes"),
         ({"conditions": {"class": TEN | {"num_classes": 0}}}, [], "num_classes 0 must be positive"),
+        (
+            {"conditions": {"class": TEN}},
+            ["--config.model.conditions.class.num_classes=many"],
+            "many",
+        ),
         ({"backbone": {"widht": 64}}, [], r"widht is not a field; did you mean 'width'"),
     ],
 )
