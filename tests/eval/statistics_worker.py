@@ -11,7 +11,7 @@ import numpy as np
 
 from ldm_jax.eval import accumulate as accumulation
 from ldm_jax.eval import protocol, statistics
-from ldm_jax.sampling.judged import class_labels
+from ldm_jax.sampling.inputs import class_labels
 from ldm_jax.sharding import MeshConfig, make_mesh
 
 NUM, BLOCK, CLASSES = 141, 4, 10

@@ -6,8 +6,6 @@ import json
 import jax
 import numpy as np
 import pytest
-from ldm_jax.train.power_ema import coefficients
-from ldm_jax.train.snapshots import Snapshots
 
 from ldm_jax import cli
 from ldm_jax.errors import InputError
