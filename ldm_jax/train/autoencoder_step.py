@@ -79,21 +79,7 @@ def make_autoencoder_step(
                 shardings=shardings.params,
             )
             seen = seen if accumulate == 1 else {"metrics": seen}
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params: Any = optax.apply_updates(state.params, updates)
-            # Weight decay moves even what has no gradient.
-            params = {n: p if n in recipe.trained else state.params[n] for n, p in params.items()}
             metrics = {"loss": value, **seen["metrics"], "grad_norm": optax.tree.norm(grads)}
-            if "codes" in extra and "quantizer" in recipe.trained:
-                codebook, extra["codes"] = quantizer.upkeep(
-                    recipe.model.quantizer,
-                    params["quantizer"]["codebook"],
-                    extra["codes"],
-                    seen["z"],
-                    seen["indices"],
-                    key_for(recipe.seed, "codebook_restart", state.step),
-                )
-                params["quantizer"] = {"codebook": codebook}
             if adversary is not None:
                 extra["discriminator"], of_turn = adversarial.discriminator_turn(
                     recipe.adversarial,
@@ -104,15 +90,35 @@ def make_autoencoder_step(
                     state.step,
                 )
                 metrics |= of_turn
-            n = state.step + 1
-            main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
             done = updates_done(state.opt_state)
             metrics["lr"] = jnp.asarray(learning_rate(done), jnp.float32)
-            new = TrainState(n, params, main, opt_state, extra, averages)
             judged = [value, metrics["grad_norm"]]
             if adversary is not None:
                 judged.append(optax.tree.norm(extra["discriminator"]["params"]))
-            new, metrics["skipped"] = keep_finite(state, new, *judged)
+
+            def update(state: TrainState) -> TrainState:
+                carried = dict(extra)
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+                params: Any = optax.apply_updates(state.params, updates)
+                # Weight decay moves even what has no gradient.
+                params = {
+                    n: p if n in recipe.trained else state.params[n] for n, p in params.items()
+                }
+                if "codes" in carried and "quantizer" in recipe.trained:
+                    codebook, carried["codes"] = quantizer.upkeep(
+                        recipe.model.quantizer,
+                        params["quantizer"]["codebook"],
+                        carried["codes"],
+                        seen["z"],
+                        seen["indices"],
+                        key_for(recipe.seed, "codebook_restart", state.step),
+                    )
+                    params["quantizer"] = {"codebook": codebook}
+                n = state.step + 1
+                main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
+                return TrainState(n, params, main, opt_state, carried, averages)
+
+            new, metrics["skipped"] = keep_finite(state, update, *judged)
             return new, metrics
 
     compiled = jax.jit(

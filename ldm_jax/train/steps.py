@@ -159,19 +159,25 @@ def make_step(
                 count=accumulate,
                 shardings={**shardings.params, **shardings.extra},
             )
-            updates, opt_state = optimizer.update(grads, state.opt_state, trained)
-            trained: Any = optax.apply_updates(trained, updates)
-            params, extra = ({n: trained[n] for n in old} for old in (state.params, state.extra))
-            n = state.step + 1
-            main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
+
+            def update(state: TrainState) -> TrainState:
+                trained = {**state.params, **state.extra}
+                updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+                trained: Any = optax.apply_updates(trained, updates)
+                params, extra = (
+                    {n: trained[n] for n in old} for old in (state.params, state.extra)
+                )
+                n = state.step + 1
+                main, averages = ema_lib.advance(ema, state.ema, state.averages, params, n)
+                return TrainState(n, params, main, opt_state, extra, averages)
+
             metrics = {
                 "loss": value,
                 **parts,
                 "grad_norm": optax.tree.norm(grads),
                 "lr": jnp.asarray(learning_rate(updates_done(state.opt_state)), jnp.float32),
             }
-            new = TrainState(n, params, main, opt_state, extra, averages)
-            new, metrics["skipped"] = keep_finite(state, new, value, metrics["grad_norm"])
+            new, metrics["skipped"] = keep_finite(state, update, value, metrics["grad_norm"])
             return new, metrics
 
     return jax.jit(
