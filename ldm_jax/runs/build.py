@@ -145,7 +145,8 @@ def first_stage_training(run: AutoencoderRun) -> Training:
         accumulate=run.accumulate,
         init_extra=lambda params: first_stage.start_extra(recipe, params, discriminator_optimizer),
         extra_axes=adversarial.axes(run.adversarial, model.image_channels),
-        after_update=first_stage.after_update(recipe, discriminator_optimizer),
+        take_turn=first_stage.discriminators_turn(recipe, discriminator_optimizer),
+        after_update=first_stage.after_update(recipe),
         frozen={"lpips": lpips.shapes()} if perceptual else {},
         frozen_axes={"lpips": lpips.axes()} if perceptual else {},
     )

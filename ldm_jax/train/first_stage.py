@@ -18,7 +18,16 @@ from ldm_jax.models import autoencoder, latents, quantizer
 from ldm_jax.models.frozen import lpips
 from ldm_jax.train import adversarial
 from ldm_jax.train.state import TrainState
-from ldm_jax.train.step import AfterUpdate, Batch, Loss, Seen, Update, draw_keys, positions
+from ldm_jax.train.step import (
+    AfterUpdate,
+    Batch,
+    Loss,
+    Seen,
+    TakeTurn,
+    Turn,
+    draw_keys,
+    positions,
+)
 
 PIXEL_LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square}
 EQUIVARIANCE_SCALES = (0.25, 0.5, 0.75, 1.0)
@@ -104,17 +113,38 @@ def training_loss(recipe: Recipe) -> Loss:
     return compute
 
 
-def after_update(
+def discriminators_turn(
     recipe: Recipe, discriminator_optimizer: optax.GradientTransformation
-) -> AfterUpdate:
-    """What follows the autoencoder's turn: the codebook's upkeep and the discriminator's turn."""
+) -> TakeTurn | None:
+    """The discriminator's turn, on the reconstructions that the autoencoder's turn made."""
+    if not recipe.adversarial.weight:
+        return None
 
-    def compute(state: TrainState, new: Update, seen: Seen) -> Update:
+    def compute(state: TrainState, seen: Seen) -> Turn:
+        carried, metrics = adversarial.discriminator_turn(
+            recipe.adversarial,
+            discriminator_optimizer,
+            state.extra["discriminator"],
+            seen.arrays["x"],
+            seen.arrays["x_hat"],
+            state.step,
+        )
+        norm = optax.tree.norm(carried["params"])
+        return Turn({"discriminator": carried}, metrics, [norm])
+
+    return compute
+
+
+def after_update(recipe: Recipe) -> AfterUpdate:
+    """What follows the autoencoder's turn: frozen parts stay, and the codebook's upkeep."""
+
+    def compute(
+        state: TrainState, params: Any, extra: dict[str, Any], seen: Seen
+    ) -> tuple[Any, dict[str, Any]]:
         # Weight decay moves even what has no gradient.
-        params = {n: p if n in recipe.trained else state.params[n] for n, p in new.params.items()}
-        extra, metrics, judged = dict(new.extra), dict(new.metrics), list(new.judged)
+        params = {n: p if n in recipe.trained else state.params[n] for n, p in params.items()}
         if "codes" in extra and "quantizer" in recipe.trained:
-            codebook, extra["codes"] = quantizer.upkeep(
+            codebook, codes = quantizer.upkeep(
                 recipe.model.quantizer,
                 params["quantizer"]["codebook"],
                 extra["codes"],
@@ -122,19 +152,8 @@ def after_update(
                 seen.arrays["indices"],
                 key_for(recipe.seed, "codebook_restart", state.step),
             )
-            params["quantizer"] = {"codebook": codebook}
-        if "discriminator" in extra:
-            extra["discriminator"], of_turn = adversarial.discriminator_turn(
-                recipe.adversarial,
-                discriminator_optimizer,
-                extra["discriminator"],
-                seen.arrays["x"],
-                seen.arrays["x_hat"],
-                state.step,
-            )
-            metrics |= of_turn
-            judged.append(optax.tree.norm(extra["discriminator"]["params"]))
-        return Update(params, extra, metrics, judged)
+            params["quantizer"], extra = {"codebook": codebook}, {**extra, "codes": codes}
+        return params, extra
 
     return compute
 

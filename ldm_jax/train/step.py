@@ -24,7 +24,6 @@ from ldm_jax.sharding import (
     use_mesh,
 )
 from ldm_jax.train import ema
-from ldm_jax.train.guard import keep_finite, updates_done
 from ldm_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -45,16 +44,17 @@ Loss = Callable[[Any, dict[str, Any], Any, Batch, jax.Array], tuple[jax.Array, S
 """(trained, extra, frozen, batch, step) -> the loss, a mean over the batch, and what was seen."""
 
 
-class Update(NamedTuple):
-    """What a step has come to once the optimizer has moved the parameters."""
+class Turn(NamedTuple):
+    """What a training does beside the optimizer, from the old state alone."""
 
-    params: Any
     extra: dict[str, Any]
     metrics: dict[str, jax.Array]
     judged: list[jax.Array]  # numbers [] that must be finite, or the step is skipped
 
 
-AfterUpdate = Callable[[TrainState, Update, Seen], Update]
+TakeTurn = Callable[[TrainState, Seen], Turn]
+AfterUpdate = Callable[[TrainState, Any, dict[str, Any], Seen], tuple[Any, dict[str, Any]]]
+"""(old state, new parameters, new extra, what was seen) -> parameters and extra."""
 Step = Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 
@@ -74,7 +74,8 @@ class Training:
     init_extra: Callable[[Any], dict[str, Any]] = lambda params: {}
     extra_axes: dict[str, Any] = dataclasses.field(default_factory=dict)
     trained_extra: tuple[str, ...] = ()  # names in `extra` that the optimizer has beside params
-    after_update: AfterUpdate | None = None  # what else a step moves, before the averages
+    take_turn: TakeTurn | None = None  # what else a step moves, from the old state
+    after_update: AfterUpdate | None = None  # what follows the new parameters, before the averages
     frozen: Any = dataclasses.field(default_factory=dict)  # networks that are read, as shapes
     frozen_axes: Any = dataclasses.field(default_factory=dict)
 
@@ -194,25 +195,48 @@ def make_step(training: Training, mesh: Mesh, shardings: TrainState) -> Step:
                 count=training.accumulate,
                 shardings={**shardings.params, **{n: shardings.extra[n] for n in names}},
             )
-            updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
-            trained: Any = optax.apply_updates(trained, updates)
             norm = optax.tree.norm(grads)
+            turn = training.take_turn(state, seen) if training.take_turn else Turn({}, {}, [])
             rate = jnp.asarray(training.learning_rate(updates_done(state.opt_state)), jnp.float32)
-            new = Update(
-                {n: trained[n] for n in state.params},
-                {**state.extra, **{n: trained[n] for n in names}},
-                {"loss": value, **seen.metrics, "grad_norm": norm, "lr": rate},
-                [value, norm],
-            )
-            if training.after_update:
-                new = training.after_update(state, new, seen)
-            n = state.step + 1
-            averages = ema.advance(training.average, state.averages, new.params, n)
-            after = TrainState(n, new.params, opt_state, averages, new.extra)
-            after, skipped = keep_finite(state, after, *new.judged)
-            return after, new.metrics | {"skipped": skipped}
+            metrics = {"loss": value, **seen.metrics, "grad_norm": norm, "lr": rate}
+
+            def update(state: TrainState) -> TrainState:
+                trained: Any = {**state.params, **{n: state.extra[n] for n in names}}
+                updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+                trained = optax.apply_updates(trained, updates)
+                params = {n: trained[n] for n in state.params}
+                extra = {**state.extra, **turn.extra, **{n: trained[n] for n in names}}
+                if training.after_update:
+                    params, extra = training.after_update(state, params, extra, seen)
+                n = state.step + 1
+                averages = ema.advance(training.average, state.averages, params, n)
+                return TrainState(n, params, opt_state, averages, extra)
+
+            new, skipped = keep_finite(state, update, value, norm, *turn.judged)
+            return new, metrics | turn.metrics | {"skipped": skipped}
 
     return step
+
+
+def keep_finite(
+    state: TrainState, update: Callable[[TrainState], TrainState], *values: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """`update(state)` where all `values` [] are finite, else `state`; and 1.0 if it was skipped.
+
+    The step advances by one in any case, so that the data moves on. What `update` does is done only
+    where it counts, in the donated buffers themselves: a choice between an old and a new state
+    needs room for both, and a copy of what was not chosen.
+    """
+    finite = jnp.stack([jnp.isfinite(v) for v in values]).all()
+    kept = jax.lax.cond(finite, update, lambda state: state, state)
+    return dataclasses.replace(kept, step=state.step + 1), 1.0 - finite
+
+
+def updates_done(opt_state: Any) -> jax.Array:
+    """The optimizer's own count of updates, int32 []: skipped steps are not in it."""
+    counts = optax.tree.get_all_with_path(opt_state, "count")
+    assert counts, "the optimizer's state has no count"
+    return counts[0][1]
 
 
 def draw_keys(seed: int, purpose: str, step: jax.Array, rows: jax.Array) -> jax.Array:

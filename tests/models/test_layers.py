@@ -24,7 +24,13 @@ from ldm_jax.models.layers import (
     resolve_dtype,
     upsample_nearest,
 )
-from ldm_jax.sharding import MeshConfig, make_mesh, param_shardings
+from ldm_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    replicated,
+)
 
 
 def np_conv(x, p, stride=1, padding=((1, 1), (1, 1))):
@@ -149,7 +155,10 @@ def test_downsample_pads_right_and_bottom_only_unless_symmetric(symmetric, seen)
     module = downsample(4, symmetric=symmetric, dtype=jnp.float32, name=None)
     x = normal(1, 8, 8, 3)
     params = module_parameters(module, x)
-    out = lambda x: jnp.square(apply(module, params, x)[0, 0, 0]).sum()  # noqa: E731
+
+    def out(x):
+        return jnp.square(apply(module, params, x)[0, 0, 0]).sum()
+
     slope = jax.jit(jax.grad(out))(x)
     for axis in (1, 2):
         rows = np.abs(slope).max(tuple({0, 1, 2, 3} - {axis}))
@@ -177,6 +186,91 @@ def test_group_norm_has_its_statistics_per_group_and_its_epsilon_inside_the_root
     np.testing.assert_allclose(y, np_group_norm(x, p, 4, epsilon), atol=1e-4)
     other = np_group_norm(x, p, 4, epsilon * 3)
     assert np.abs(other - np.asarray(y)).max() > 0.01 * np.abs(y).max()
+
+
+def plain_group_norm(x, scale, bias, groups, epsilon):
+    """The formula, for autodiff."""
+    y = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    mean = y.mean((1, 3), keepdims=True)
+    variance = jnp.square(y - mean).mean((1, 3), keepdims=True)
+    y = ((y - mean) / jnp.sqrt(variance + epsilon)).reshape(x.shape)
+    return (y * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
+
+
+def value_and_gradients(norm, x, cotangent):
+    """Of <norm(x), cotangent> by x, scale and bias, four groups; gradients of that in x as well."""
+    scale, bias = normal(x.shape[-1], seed=3, shift=1.0), normal(x.shape[-1], seed=4)
+
+    def answers(x, scale, bias):
+        y, pullback = jax.vjp(lambda *inputs: norm(*inputs, 4, 1e-5), x, scale, bias)
+        return y, pullback(cotangent)
+
+    def slope(x):
+        return sum(jnp.square(g).sum() for g in answers(x, scale, bias)[1])
+
+    return jax.jit(lambda x: (answers(x, scale, bias), jax.grad(slope)(x)))(x)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 6, 8), (2, 1, 1, 16), (1, 3, 1, 4)])
+def test_group_norm_and_its_gradients_are_those_of_the_formula(shape):
+    """Channels of unlike means, so that a group's statistics are not those of its channels."""
+    x = normal(*shape) + normal(shape[-1], seed=1, scale=2.0).reshape(1, 1, 1, -1)
+    cotangent = normal(*shape, seed=2)
+    ours = value_and_gradients(layers.group_norm, x, cotangent)
+    exact = value_and_gradients(plain_group_norm, x, cotangent)
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * max(1.0, np.abs(b).max()))
+
+    jax.tree.map(close, ours, exact)
+
+
+def test_group_norm_of_bfloat16_has_gradients_of_f32_sums():
+    shape = (2, 8, 8, 8)
+    x, cotangent = normal(*shape, shift=4.0).astype(jnp.bfloat16), normal(*shape, seed=2)
+    cotangent = cotangent.astype(jnp.bfloat16)
+    (y, (dx, dscale, dbias)), _ = value_and_gradients(layers.group_norm, x, cotangent)
+    (_, exact), _ = value_and_gradients(
+        plain_group_norm, x.astype(jnp.float32), cotangent.astype(jnp.float32)
+    )
+    assert y.dtype == dx.dtype == jnp.bfloat16 and dscale.dtype == dbias.dtype == jnp.float32
+    np.testing.assert_allclose(dscale, exact[1], rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(dbias, exact[2], rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(dx, np.float32), exact[0], rtol=2**-8, atol=2e-4)
+
+
+def test_group_norm_is_the_same_sharded_rematerialised_mapped_and_scanned():
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    x, cotangent = normal(8, 4, 4, 8), normal(8, 4, 4, 8, seed=2)
+    scale, bias = normal(8, seed=3), normal(8, seed=4)
+
+    def pullback(norm):
+        def answers(x, scale, bias, cotangent):
+            return jax.vjp(norm, x, scale, bias)[1](cotangent)
+
+        return answers
+
+    def norm(x, scale, bias):
+        return layers.group_norm(x, scale, bias, 4, 1e-5)
+
+    def mapped(x, scale, bias):
+        return jax.vmap(lambda one: norm(one[None], scale, bias)[0])(x)
+
+    def scanned(x, scale, bias):
+        return jax.lax.scan(lambda _, one: (None, norm(one[None], scale, bias)[0]), None, x)[1]
+
+    inputs = (x, scale, bias, cotangent)
+    want = jax.jit(pullback(norm))(*inputs)
+    rows = batch_sharding(mesh)
+    places = (rows, replicated(mesh), replicated(mesh), rows)
+    found = [jax.jit(pullback(norm), in_shardings=places)(*inputs)]
+    found += [jax.jit(pullback(f))(*inputs) for f in (jax.checkpoint(norm), mapped, scanned)]
+
+    def close(a, b):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+    for have in found:
+        jax.tree.map(close, have, want)
 
 
 def test_layer_norm_has_its_statistics_per_position():
@@ -266,7 +360,10 @@ def test_no_two_parameters_share_their_draws_in_one_chunk_or_several(monkeypatch
 def test_initial_values_depend_on_the_key_and_not_on_the_mesh():
     """They do depend on DRAW_SIZE and on the order of names: both belong to what a seed means."""
     declared = two()
-    make = lambda key: draw_parameters(declared, key)  # noqa: E731
+
+    def make(key):
+        return draw_parameters(declared, key)
+
     shapes = jax.eval_shape(make, jax.random.key(0))
     single = jax.jit(make)
     whole = single(jax.random.key(0))

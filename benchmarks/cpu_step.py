@@ -1,0 +1,178 @@
+"""The demo's training step on one core of the CPU: beside PyTorch's, its copies, its compilation.
+
+    python -m benchmarks.cpu_step
+
+Needs the extra `torch` and diffusers. Forward and backward of the U-Net take turns with diffusers'
+of the same weights, eager, channels last. The plain variants that the step is held against stand
+here: group norm by its formula, and a guard that selects between an old and a new state.
+"""
+
+import os
+
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+import contextlib
+import dataclasses
+import re
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from benchmarks.record import keep
+from benchmarks.timing import by_turns, ratios
+from configs.denoiser import get_config
+from ldm_jax.diffusion.process import make_process
+from ldm_jax.interop.unet_names import unet_names
+from ldm_jax.models import denoiser, latents, layers, unet
+from ldm_jax.runs.config_files import build
+from ldm_jax.runs.settings import DenoiserRun
+from ldm_jax.sharding import make_mesh
+from ldm_jax.train import optim, steps
+from ldm_jax.train.state import TrainState, init_state
+from tests.parity import reference
+
+RUN = build(DenoiserRun, get_config("digits").to_dict())
+SIDE, REPEATS, COMPILATIONS = 8, 20, 2
+LIMITS = {"to_diffusers": 1.30, "copies": 10}
+
+
+def plain_group_norm(x, scale, bias, groups, epsilon):
+    """As the formula says, its gradient by autodiff."""
+    y = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, x.shape[-1] // groups)
+    mean = y.mean((1, 3), keepdims=True)
+    variance = jnp.square(y - mean).mean((1, 3), keepdims=True)
+    y = ((y - mean) * jax.lax.rsqrt(variance + epsilon)).reshape(x.shape)
+    return (y * scale.reshape(1, 1, 1, -1) + bias.reshape(1, 1, 1, -1)).astype(x.dtype)
+
+
+def select_finite(
+    state: TrainState, update: Callable[[TrainState], TrainState], *values: jax.Array
+) -> tuple[TrainState, jax.Array]:
+    """The guard that makes both states and chooses between them leaf by leaf."""
+    new = update(state)
+    finite = jnp.stack([jnp.isfinite(v) for v in values]).all()
+    kept = jax.tree.map(lambda o, n: jnp.where(finite, n, o), state, new)
+    return dataclasses.replace(kept, step=new.step), 1.0 - finite
+
+
+@contextlib.contextmanager
+def plain():
+    """While open, what is traced has the plain variants."""
+    ours = layers.group_norm, steps.keep_finite
+    layers.group_norm, steps.keep_finite = plain_group_norm, select_finite
+    try:
+        yield
+    finally:
+        layers.group_norm, steps.keep_finite = ours
+
+
+def both_ways() -> dict[str, Callable[[], Any]]:
+    """Forward and backward of one batch in ours and in diffusers; they agree before they count."""
+    config, width = RUN.model.backbone, RUN.model.conditioner.context_dim
+    z, cotangent = (reference.draw(i, RUN.batch_size, SIDE, SIDE, 4) for i in (1, 2))
+    context, t = reference.draw(3, RUN.batch_size, 1, width), np.arange(RUN.batch_size) * 10
+    theirs = reference.randomize(reference.conditional_unet(config, width))
+    theirs = theirs.to(memory_format=torch.channels_last)
+    shapes = jax.eval_shape(lambda: unet.init(config, jax.random.key(0), width))
+    names = unet_names(config, width)
+    params = jax.tree.map(jnp.asarray, reference.parameters(theirs, names, shapes))
+
+    def value(params):
+        return (unet.apply(config, params, z, t, context) * cotangent).sum()
+
+    compiled = jax.jit(jax.value_and_grad(value)).lower(params).compile()
+    of_torch = [reference.to_torch(a) for a in (z, cotangent)]
+    z_torch, cotangent_torch = (a.to(memory_format=torch.channels_last) for a in of_torch)
+    arguments = torch.from_numpy(t), torch.from_numpy(context)
+
+    def run_theirs():
+        theirs.zero_grad(set_to_none=True)
+        loss = (theirs(z_torch, arguments[0], arguments[1]).sample * cotangent_torch).sum()
+        loss.backward()
+        return loss.item()
+
+    def run_ours():
+        return jax.block_until_ready(compiled(params))
+
+    np.testing.assert_allclose(run_ours()[0], run_theirs(), rtol=1e-3, atol=1e-2)
+    return {"ours": run_ours, "diffusers": run_theirs}
+
+
+def lowered_step() -> Any:
+    """The training step of the demo's denoiser, lowered."""
+    mesh = make_mesh()
+    whitening = latents.Whitening((0.0,) * 4, (1.0,) * 4)
+    losses = steps.denoiser_losses(
+        RUN.model, RUN.loss, make_process(RUN.process), whitening, RUN.seed, RUN.objective
+    )
+    optimizer = optim.make_optimizer(RUN.optim, RUN.num_steps)
+    rate = optim.learning_rate(RUN.optim, RUN.num_steps)
+    state, shardings = init_state(
+        lambda: denoiser.init(RUN.model, jax.random.key(0)),
+        denoiser.axes(RUN.model),
+        optimizer,
+        mesh,
+        with_ema=True,
+    )
+    loss = steps.denoiser_loss(losses, RUN.loss_bins)
+    step = steps.make_step(loss, optimizer, rate, RUN.ema, mesh, shardings)
+    batch = {
+        "moments": jax.ShapeDtypeStruct((RUN.batch_size, SIDE, SIDE, 8), jnp.float32),
+        "label": jax.ShapeDtypeStruct((RUN.batch_size,), jnp.int32),
+    }
+    return step.lower(state, batch)
+
+
+def copies(compiled: Any) -> int:
+    return len(re.findall(r"= \S+ copy\(", compiled.as_text()))
+
+
+def medians(pairs: list, names: Any, unit: float) -> dict[str, float]:
+    """Processor time of each of the two, in 1 / `unit` seconds."""
+    return {
+        name: round(unit * statistics.median(pair[i][1] for pair in pairs), 1)
+        for i, name in enumerate(names)
+    }
+
+
+def main():
+    torch.set_num_threads(1)
+    runs = both_ways()
+    pairs = by_turns(runs["ours"], runs["diffusers"], REPEATS)
+    clock, processors = ratios(pairs)
+    lowered, made = {"ours": lowered_step()}, {}
+    with plain():
+        lowered["plain"] = lowered_step()
+
+    def compiling(name):
+        def work():
+            made[name] = lowered[name].compile()
+
+        return work
+
+    compilations = by_turns(compiling("ours"), compiling("plain"), COMPILATIONS)
+    results = {
+        "to_diffusers": {
+            "processors": processors,
+            "clock": clock,
+            "milliseconds": medians(pairs, runs, 1e3),
+        },
+        "copies": {name: copies(compiled) for name, compiled in made.items()},
+        "compile_to_plain": {
+            "processors": ratios(compilations)[1],
+            "seconds": medians(compilations, lowered, 1.0),
+        },
+    }
+    plan = {"batch": RUN.batch_size, "repeats": REPEATS, "compilations": COMPILATIONS}
+    print(keep("cpu_step", results, plan | {"limits": LIMITS}))
+    print(results)
+
+
+if __name__ == "__main__":
+    main()
