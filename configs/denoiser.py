@@ -85,6 +85,10 @@ def _digits():
             "conditioner": {"kind": "class", "num_classes": 10, "context_dim": 64},
         }
     )
+    c.process = ml_collections.ConfigDict({"kind": "flow"})
+    c.objective = ml_collections.ConfigDict(
+        {"parameterisation": "velocity", "noise_levels": {"draw": "logit_normal"}}
+    )
     c.loss = ml_collections.ConfigDict({"label_dropout": 0.1})
     c.optim = ml_collections.ConfigDict(
         {

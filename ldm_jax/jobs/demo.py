@@ -21,7 +21,7 @@ from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.log import read_metrics
 
 FIRST_STAGE, DENOISER = "configs/autoencoder.py:digits", "configs/denoiser.py:digits"
-DRAWN = SampleOptions(num=1000, sampler="ddim", steps=25, guidance=2.0, batch_size=200)
+DRAWN = SampleOptions(num=1000, sampler="dpmpp_2m", steps=20, guidance=1.75, batch_size=200)
 FLAGS = f"--sampler={DRAWN.sampler} --steps={DRAWN.steps} --guidance={DRAWN.guidance}"
 
 
@@ -56,7 +56,7 @@ def run(workdir: Path) -> Path:
         images=pictures,
         curves=[
             ("Autoencoder: L1 per pixel", _curve(first, "l1"), True),
-            ("Denoiser: mean squared error of the noise", _curve(second, "loss"), True),
+            ("Denoiser: mean squared error of the velocity", _curve(second, "loss"), True),
         ],
     )
     print()
@@ -93,7 +93,7 @@ def _commands(first: Path, second: Path) -> list[str]:
 def _table(rebuilt: dict[str, float], figures: dict[str, float]) -> list[tuple[str, str, str]]:
     """Rows (figure, value, rule)."""
     halves, alone = figures["frechet_halves_of_real"], figures["frechet_autoencoder_alone"]
-    limit = 3 * halves + alone
+    limit = min(3 * halves + alone, 0.95)
     asked = f"Samples classified as asked (of {int(figures['num_samples'])})"
     classifier, accuracy = figures["classifier_held_out_accuracy"], figures["sample_accuracy"]
     distance = figures["frechet_samples"]
@@ -101,7 +101,7 @@ def _table(rebuilt: dict[str, float], figures: dict[str, float]) -> list[tuple[s
         ("Held-out reconstruction, PSNR", f"{rebuilt['psnr_db']:.2f} dB", "aim: at least 34 dB"),
         ("Held-out reconstruction, SSIM", f"{rebuilt['ssim']:.3f}", ""),
         ("Classifier on held-out real digits", f"{100 * classifier:.2f} %", "aim: at least 97 %"),
-        (asked, f"{100 * accuracy:.2f} %", "aim: at least 95 %"),
+        (asked, f"{100 * accuracy:.2f} %", "aim: at least 99 %"),
         ("Fréchet distance, samples to real", f"{distance:.3f}", f"aim: below {limit:.3f}"),
         ("Fréchet distance, halves of the real digits", f"{halves:.3f}", "yardstick"),
         ("Fréchet distance, reconstructions to real", f"{alone:.3f}", "the first stage's share"),
