@@ -81,6 +81,10 @@ def _digits():
             "conditions": _classes(10, 64),
         }
     )
+    c.process = ml_collections.ConfigDict({"kind": "flow"})
+    c.objective = ml_collections.ConfigDict(
+        {"parameterisation": "velocity", "noise_levels": {"draw": "logit_normal"}}
+    )
     c.loss = ml_collections.ConfigDict({"condition_dropout": 0.1})
     c.optim = ml_collections.ConfigDict(
         {

@@ -11,10 +11,18 @@ Measured: README.md, "Denoisers"; benchmarks/results/objectives_digits.json.
 
 import ml_collections
 
+
+def _timesteps(**objective):
+    return {
+        "process": {"kind": "ldm_linear"},
+        "objective": {"noise_levels": {"draw": "uniform"}, **objective},
+    }
+
+
 ARMS = {
-    "eps": {},
-    "x0": {"objective": {"parameterisation": "x0", "weight": "min_snr"}},
-    "v": {"objective": {"parameterisation": "v"}},
+    "eps": _timesteps(parameterisation="eps"),
+    "x0": _timesteps(parameterisation="x0", weight="min_snr"),
+    "v": _timesteps(parameterisation="v"),
     "flow": {
         "process": {"kind": "flow"},
         "objective": {"parameterisation": "velocity", "noise_levels": {"draw": "logit_normal"}},
@@ -33,7 +41,7 @@ WAYS = (
     ("ddim", 10), ("ddim", 25), ("ddpm", 50), ("euler_ancestral", 25), ("heun", 10),
     ("dpmpp_2m", 10), ("dpmpp_2m", 20), ("dpmpp_2m_sde", 20), ("unipc", 10),
 )  # fmt: skip
-OWN = {"flow": [("sde_flow", 50)], "edm": [("edm", 10)]}
+OTHERS = {"flow": [("sde_flow", 50)], "edm": [("edm", 10)]}
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -42,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
             "first_stage": "configs/autoencoder.py:digits",
             "denoiser": "configs/denoiser.py:digits",
             "arms": ARMS,
-            "samples": {arm: [_way(*way) for way in (*WAYS, *OWN.get(arm, ()))] for arm in ARMS},
+            "samples": {arm: [_way(*way) for way in (*WAYS, *OTHERS.get(arm, ()))] for arm in ARMS},
             "seeds": (0,),
         }
     )

@@ -1,26 +1,78 @@
 """Experiments: every arm and seed trained once, measured, and put in one table."""
 
 import dataclasses
+import functools
 import json
+import shutil
 
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import evaluate, experiment, train_autoencoder
-from tests import tiny
+from ldm_jax.eval import digits
+from ldm_jax.eval.extractors import EXTRACTORS
+from ldm_jax.eval.judge import JudgeOptions
+from ldm_jax.jobs import cache_latents, evaluate, experiment, train_autoencoder, train_denoiser
+from ldm_jax.runs.config_files import load_config_file
+from ldm_jax.sampling.options import SampleOptions
+from tests import judged, tiny
 
-PLAN = {
+FIRST_STAGES = {
     "arms": {
         "one": dataclasses.asdict(tiny.AUTOENCODER),
         "two": dataclasses.asdict(tiny.AUTOENCODER) | {"batch_size": 8},
     },
     "seeds": (0, 5),
 }
+DENOISERS = {
+    "first_stage": "first",
+    "denoiser": "second",
+    "arms": {"six": {}, "three": {"num_steps": 3}},  # which one compiled program serves
+    "samples": {
+        "six": [{"steps": 2, "num": 12}, {"steps": 3, "num": 12}],
+        "three": [{"steps": 2, "num": 12}],
+    },
+    "seeds": (3,),
+}
+SIX, THREE = DENOISERS["samples"]["six"], DENOISERS["samples"]["three"]
+FILES = {
+    "first": dataclasses.asdict(tiny.AUTOENCODER),
+    "second": dataclasses.asdict(tiny.DENOISER),
+}
+PHOTOGRAPHS = FILES["first"] | {
+    "images": FILES["first"]["images"] | {"source": "photographs", "held_out_fraction": 0.3}
+}
+FEW = {"preset": "custom", "extractor": "random-conv", "metrics": ("fid",), "allow_few": True}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """run(plan) -> the rows of an experiment in `tmp_path`; `file=` stands for the first stage."""
+
+    def run(plan, file=FILES["first"]):
+        files = FILES | {"file": plan, "first": file}
+        monkeypatch.setattr(experiment, "load_config_file", files.__getitem__)
+        return experiment.run("file", tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def refused(run, monkeypatch, tmp_path):
+    """refused(plan, words): by an error of these words, with nothing trained or written."""
+
+    def refused(plan, words, **files):
+        for job in (train_autoencoder, cache_latents, train_denoiser):
+            monkeypatch.setattr(job, "run", lambda *args: pytest.fail("it trained"))
+        with pytest.raises(InputError, match=words):
+            run(plan, **files)
+        assert not list(tmp_path.iterdir())
+
+    return refused
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Runs that were trained, in order; training itself takes its place in other tests."""
+    """First stages that were trained, in order; training itself takes its place in other tests."""
     runs = []
 
     def train(run, workdir):
@@ -30,45 +82,248 @@ def trained(monkeypatch):
         workdir.mkdir(parents=True)
         (workdir / "run.json").write_text(json.dumps(record))
 
-    figures = lambda folder, lpips: {"psnr_db": float(len(runs)), "ssim": 0.5, "sharpness": 1.0}  # noqa: E731
+    def figures(folder, lpips):
+        return {"psnr_db": float(len(runs)), "ssim": 0.5, "sharpness": 1.0, "step": 6.0}
+
     monkeypatch.setattr(train_autoencoder, "run", train)
     monkeypatch.setattr(evaluate, "find_lpips", lambda loss: None)
     monkeypatch.setattr(evaluate, "reconstruction_figures", figures)
     return runs
 
 
-def plan(monkeypatch, value):
-    monkeypatch.setattr(experiment, "load_config_file", lambda spec: value)
+@pytest.fixture
+def copied(first_stage, monkeypatch):
+    """Folders of first stages, each a copy of a trained one; the classifier takes five steps."""
+    folders = []
+
+    def train(run, workdir):
+        folders.append(workdir.name)
+        shutil.copytree(first_stage, workdir, dirs_exist_ok=True)
+
+    monkeypatch.setattr(train_autoencoder, "run", train)
+    monkeypatch.setattr(cache_latents, "run", lambda workdir, settings: None)
+    short = functools.partial(digits.train_classifier, num_steps=5)
+    monkeypatch.setattr(digits, "train_classifier", short)
+    return folders
 
 
-def test_every_arm_and_seed_is_trained_once(trained, monkeypatch, tmp_path):
-    plan(monkeypatch, PLAN)
-    results = experiment.run("file", tmp_path)
+def test_every_first_stage_is_trained_once(trained, run, tmp_path):
+    rows = run(FIRST_STAGES)
     order = [("one-seed0", 0, 16), ("two-seed0", 0, 8), ("one-seed5", 5, 16), ("two-seed5", 5, 8)]
     assert trained == order
-    assert [f["psnr_db"] for f in results["one"]] == [1.0, 3.0]
-    assert experiment.run("file", tmp_path) == results
+    assert [(r["arm"], r["seed"], r["psnr_db"]) for r in rows] == [
+        ("one", 0, 1.0), ("two", 0, 2.0), ("one", 5, 3.0), ("two", 5, 4.0),
+    ]  # fmt: skip
+    assert run(FIRST_STAGES) == rows
     assert trained == order
-    table = (tmp_path / "results.md").read_text()
-    assert "| one | 2 | 2.000 ± 1.414 | 0.500 ± 0.000 | 1.000 ± 0.000 |" in table
-    assert json.loads((tmp_path / "results.json").read_text())["results"] == results
+    assert (tmp_path / "results.md").read_text().splitlines() == [
+        "| arm | seeds | psnr_db | ssim | sharpness |",
+        "| --- | --- | --- | --- | --- |",
+        "| one | 2 | 2.000 ± 1.414 | 0.500 ± 0.000 | 1.000 ± 0.000 |",
+        "| two | 2 | 3.000 ± 1.414 | 0.500 ± 0.000 | 1.000 ± 0.000 |",
+    ]
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["results"] == rows and record["plan"]["seeds"] == [0, 5]
 
 
-def test_another_plan_in_the_same_workdir_is_refused(trained, monkeypatch, tmp_path):
-    plan(monkeypatch, PLAN)
-    experiment.run("file", tmp_path)
-    plan(monkeypatch, PLAN | {"seeds": (0, 6)})
+def test_arms_of_first_stages_change_their_base(trained, run):
+    run({"first_stage": "first", "arms": {"one": {}, "two": {"batch_size": 8}}, "seeds": (0,)})
+    assert trained == [("one-seed0", 0, 16), ("two-seed0", 0, 8)]
+
+
+def test_another_plan_in_the_same_workdir_is_refused(trained, run):
+    run(FIRST_STAGES)
     with pytest.raises(InputError, match="another plan"):
-        experiment.run("file", tmp_path)
+        run(FIRST_STAGES | {"seeds": (0, 6)})
 
 
-def test_bad_arms_are_refused_before_any_training(trained, monkeypatch, tmp_path):
-    for value, match in (
-        (PLAN | {"arms": {"a": {"batch": 3}}}, "a.batch is not a field"),
-        (PLAN | {"seeds": ()}, "at least one of each"),
-        ({"arms": PLAN["arms"]}, "at least one of each"),
-    ):
-        plan(monkeypatch, value)
-        with pytest.raises(InputError, match=match):
-            experiment.run("file", tmp_path)
-    assert not trained and not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arms": {"a": {"batch": 3}}}, "arm 'a': config.batch is not a field"),
+        ({"arms": {}}, "none of it empty"),
+        ({"seeds": ()}, "none of it empty"),
+        ({"samples": {"one": []}}, "none of it empty, and may give .'first_stage'"),
+        ({"seeds": (0, -1)}, "seed -1 must be in"),
+        ({"arms": {"a": PHOTOGRAPHS | {"batch_size": 5}}}, "batch_size 5 must"),
+        (
+            {"arms": {"a": {"images": {"source": "folder", "path": "/none", "resolution": 256}}}},
+            "arm 'a': .*/none",
+        ),
+        (
+            {"arms": {"a": FILES["first"] | {"init_from": "/none"}}},
+            "arm 'a': workdir /none holds no run.json",
+        ),
+    ],
+)
+def test_a_bad_plan_of_first_stages_is_refused_before_any_training(change, words, refused):
+    refused(FIRST_STAGES | change, words)
+
+
+def test_every_arm_is_sampled_in_every_way_and_nothing_is_done_twice(
+    copied, run, monkeypatch, tmp_path
+):
+    rows = run(DENOISERS)
+    assert [(r["arm"], r["steps"], r["seed"]) for r in rows] == [
+        ("six", 2, 3), ("six", 3, 3), ("three", 2, 3),
+    ]  # fmt: skip
+    assert all(r["num_samples"] == 12 and 0 <= r["sample_accuracy"] <= 1 for r in rows)
+    assert len({r["frechet_samples"] for r in rows}) == 3
+    runs = [read_run(tmp_path / f"{arm}-seed3") for arm in DENOISERS["arms"]]
+    assert [run["config"].pop("num_steps") for run in runs] == [6, 3]
+    assert runs[0]["config"] == runs[1]["config"] and runs[0]["data"] == runs[1]["data"]
+    assert runs[0]["config"]["seed"] == 3
+    assert copied == ["autoencoder"]
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["results"] == rows
+    assert "| ddim | 3 | six | 1 |" in (tmp_path / "results.md").read_text()
+
+    monkeypatch.setattr(train_denoiser, "run", lambda *args: pytest.fail("trained twice"))
+    assert run(DENOISERS) == rows
+    assert copied == ["autoencoder"]
+
+
+def test_an_arm_may_have_its_own_first_stage_and_a_network_may_judge(
+    copied, run, monkeypatch, tmp_path
+):
+    monkeypatch.setitem(EXTRACTORS, "random-conv", judged.extractor("random-conv", []))
+    own = {"num_steps": 3, "first_stage": {"seed": 7}}
+    plan = DENOISERS | {"arms": {"six": own, "three": own}, "judge": FEW}
+    plan |= {"samples": {"six": THREE, "three": THREE}}
+    rows = run(plan)
+    assert copied == ["autoencoder-six"]
+    runs = [read_run(tmp_path / f"{arm}-seed3") for arm in plan["arms"]]
+    assert {run["config"]["autoencoder"] for run in runs} == {str(tmp_path / "autoencoder-six")}
+    figures = [{n: v for n, v in row.items() if n.startswith("frechet12-custom-")} for row in rows]
+    assert all(len(of_row) == 1 for of_row in figures)
+    # Both arms are one run here: the figure's name says how it was sampled, not by which arm.
+    assert figures[0] == figures[1]
+    way, judge = SampleOptions(steps=2, num=12), evaluate.Asked(JudgeOptions(**FEW))
+    assert evaluate.image_figures(tmp_path / "six-seed3", way, judge) == figures[0]
+    table = (tmp_path / "results.md").read_text().splitlines()
+    assert table[0] == "| sampler | steps | arm | seeds | frechet12-custom |"
+    assert [line[:20] for line in table[2:]] == ["| ddim | 2 | six | 1", "| ddim | 2 | three |"]
+
+
+def read_run(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": ()}, "none of it empty"),
+        ({"judges": FEW}, "may give .'judge'"),
+        ({"arms": {"six": {"lr": 1}, "three": {}}}, "arm 'six': config.lr is not a field"),
+        ({"arms": {"six": {}}}, "give the same names"),
+        ({"samples": {"six": SIX, "three": [{"step_count": 3}]}}, "step_count is not a field"),
+        ({"samples": {"six": SIX, "three": []}}, "arm 'three': its samples are empty"),
+        ({"samples": {"six": SIX, "three": [{"sampler": "edm"}]}}, "arm 'three': .*use 'heun'"),
+        (
+            {"samples": {"six": [{"steps": 2}, {"steps": 2, "seed": 1}], "three": THREE}},
+            "arm 'six': its samples differ in seed",
+        ),
+        (
+            {"samples": {"six": SIX, "three": [{"classes": (10,)}]}},
+            "arm 'three': class 10 is unknown",
+        ),
+        (
+            {"samples": {"six": SIX, "three": [{"init_images": "/none", "strength": 0.5}]}},
+            "arm 'three': .*/none",
+        ),
+        ({"arms": {"six": {"autoencoder": "/none"}, "three": {}}}, "autoencoder '/none' is the"),
+        (
+            {"arms": {"six": {}, "three": {"first_stage": {"model": {"latent_channels": 3}}}}},
+            "arm 'three': .*in_channels is 2, .* have 3 channels",
+        ),
+        (
+            {
+                "arms": {
+                    "six": {},
+                    "three": {
+                        "first_stage": {"images": {"resolution": 16}, "model": {"resolution": 16}}
+                    },
+                }
+            },
+            "arm 'three': .*the same images",
+        ),
+        (
+            {"arms": {"six": {}, "three": {"objective": {"parameterisation": "velocity"}}}},
+            "arm 'three': .*velocity",
+        ),
+        ({"judge": {"preset": "custom"}}, "an extractor belongs to preset 'custom'"),
+        ({"judge": FEW | {"reference": "/none.npz"}}, "/none.npz"),
+        ({"judge": FEW | {"allow_few": False}}, "12"),
+        (
+            {
+                "judge": FEW,
+                "samples": {"six": SIX, "three": [{"noise": "noise.npy"}]},
+            },
+            "noise",
+        ),
+    ],
+)
+def test_a_bad_plan_of_denoisers_is_refused_before_any_training(change, words, refused):
+    refused(DENOISERS | change, words)
+
+
+def test_the_classifier_judges_digits_alone(refused):
+    denoiser = {"model": {"conditioner": {"kind": "none"}}}
+    arms = {"six": denoiser, "three": denoiser}
+    refused(
+        DENOISERS | {"arms": arms}, "'photographs', .* give the plan a `judge`", file=PHOTOGRAPHS
+    )
+
+
+@pytest.mark.parametrize("variant", ["objectives.py", "first_stage.py:photographs"])
+def test_the_plans_of_this_repository_are_good(variant, tmp_path):
+    plan = load_config_file(f"configs/experiments/{variant}")
+    kind = experiment.denoisers if "denoiser" in plan else experiment.first_stages
+    assert callable(kind(plan, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_objectives_compared_are_five_different_ones():
+    plan = load_config_file("configs/experiments/objectives.py")
+    said = {
+        arm: (f["process"]["kind"], f["objective"]["parameterisation"])
+        for arm, f in plan["arms"].items()
+    }
+    assert said == {
+        "eps": ("ldm_linear", "eps"),
+        "x0": ("ldm_linear", "x0"),
+        "v": ("ldm_linear", "v"),
+        "flow": ("flow", "velocity"),
+        "edm": ("edm", "preconditioned"),
+    }
+
+
+def test_the_table_averages_over_seeds_and_leaves_gaps():
+    row = {"sampler": "ddim", "steps": 5, "num_samples": 12.0}
+    rows = [
+        {**row, "arm": "a", "seed": 0, "sample_accuracy": 0.5},
+        {**row, "arm": "b", "seed": 0, "frechet_samples": 2.0, "sampler": "heun"},
+        {**row, "arm": "a", "seed": 1, "sample_accuracy": 0.7},
+    ]
+    assert experiment.table(rows).splitlines() == [
+        "| sampler | steps | arm | seeds | sample_accuracy | frechet_samples |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| ddim | 5 | a | 2 | 0.600 ± 0.141 |  |",
+        "| heun | 5 | b | 1 |  | 2.000 |",
+    ]
+
+
+def test_the_table_does_not_average_over_ways_of_sampling():
+    row = {"sampler": "ddim", "steps": 5, "spacing": "auto", "arm": "a", "seed": 0}
+    rows = [{**row, "guidance": g, "sample_accuracy": a} for g, a in ((1.0, 0.5), (2.0, 1.0))]
+    assert experiment.table(rows).splitlines()[2:] == [
+        "| ddim | 5 | 1.0 | a | 1 | 0.500 |",
+        "| ddim | 5 | 2.0 | a | 1 | 1.000 |",
+    ]
+
+
+def test_the_table_shows_small_figures_and_strips_no_protocol_but_its_hash():
+    rows = [{"arm": "a", "seed": 0, "kid50k-adm-12345678": 0.00123, "step": 6.0}]
+    assert experiment.table(rows).splitlines() == [
+        "| arm | seeds | kid50k-adm |", "| --- | --- | --- |", "| a | 1 | 0.00123 |",
+    ]  # fmt: skip

@@ -6,12 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ldm_jax.train.step import keep_finite, updates_done
 
 from ldm_jax.errors import InputError
 from ldm_jax.sharding import MeshConfig, make_mesh, put_batch
 from ldm_jax.train import ema, optim
-from ldm_jax.train.step import Seen, Training, make_trainer
+from ldm_jax.train.step import Seen, Training, keep_finite, make_trainer, updates_done
 from tests.train import test_loop
 from tests.train.test_loop import CONFIG, NUM_STEPS, Broken, Data, metrics, rows, run
 
