@@ -15,8 +15,26 @@ Run = Callable[[argparse.Namespace, list[str]], None]  # (flags, --config.a.b=VA
 
 def main(argv: list[str] | None = None) -> None:
     """Runs one verb. Bad input prints one line and exits with status 2."""
-    argv = list(sys.argv[1:] if argv is None else argv)
     _environment()
+    arguments, overrides = parse(list(sys.argv[1:] if argv is None else argv))
+    try:
+        if "coordinator" in arguments:
+            _join_processes(arguments)
+        arguments.run(arguments, overrides)
+    except InputError as error:
+        if os.environ.get("LDM_TRACEBACK"):
+            raise
+        _refuse(arguments.verb, str(error))
+    except OSError as error:
+        if os.environ.get("LDM_TRACEBACK") or not error.filename:
+            raise
+        _refuse(
+            arguments.verb, f"{error.filename}: {error.strerror}; check the path and its rights"
+        )
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What a command says: its flags, with the verb's `run`, and its --config.a.b=VALUE."""
     overrides = [a for a in argv if a.startswith(("--config.", "--noconfig."))]
     argv = [a for a in argv if a not in overrides]
     parser = argparse.ArgumentParser(
@@ -32,20 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if overrides and "config" not in arguments:
         arguments.error(f"{overrides[0]}: this verb takes no configuration")
-    try:
-        if "coordinator" in arguments:
-            _join_processes(arguments)
-        arguments.run(arguments, overrides)
-    except InputError as error:
-        if os.environ.get("LDM_TRACEBACK"):
-            raise
-        _refuse(arguments.verb, str(error))
-    except OSError as error:
-        if os.environ.get("LDM_TRACEBACK") or not error.filename:
-            raise
-        _refuse(
-            arguments.verb, f"{error.filename}: {error.strerror}; check the path and its rights"
-        )
+    return arguments, overrides
 
 
 def _refuse(verb: str, message: str) -> None:

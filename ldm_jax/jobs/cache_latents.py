@@ -2,13 +2,12 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from ldm_jax.data import images
@@ -16,12 +15,9 @@ from ldm_jax.data.fields import CAPTION, LABEL
 from ldm_jax.data.records import writer
 from ldm_jax.data.records.manifest import Manifest, Shard, Spec
 from ldm_jax.errors import InputError
-from ldm_jax.models import autoencoder
 from ldm_jax.options import option
-from ldm_jax.runs.first_stage import FirstStage, load_first_stage
-from ldm_jax.sharding import MeshConfig, batch_sharding, check_batch, make_mesh, use_mesh
-
-Encode = Callable[[np.ndarray], dict[str, np.ndarray]]
+from ldm_jax.runs.first_stage import Encode, FirstStage, compile_encoder, load_first_stage
+from ldm_jax.sharding import MeshConfig, check_batch, make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,42 +88,13 @@ def make_spec(
         num_classes=source.num_classes,
         class_names=source.class_names,
         has_captions=source.has_captions,
-        posterior="gaussian" if first_stage.config.latent == "kl" else "point",
+        posterior=first_stage.config.posterior,
         dtype=settings.dtype,
         mirrored=settings.mirrored,
         pack=settings.pack,
         shard_examples=settings.shard_examples,
         fields=tuple(field for field in source.fields if field not in (LABEL, CAPTION)),
     )
-
-
-def compile_encoder(first_stage: FirstStage, mesh: Mesh, batch_size: int, mirrored: bool) -> Encode:
-    """Images uint8 [n,H,W,3], n <= batch_size, to host arrays: moments f32 [n,h,w,2C or C].
-
-    Also of the mirrored images where `mirrored` is set. `batch_size` divides by the mesh.
-    """
-    sharding = batch_sharding(mesh)
-
-    def encode(params, image):
-        with use_mesh(mesh):
-            x = autoencoder.to_unit(image)
-            moments = {"moments": autoencoder.encode(first_stage.config, params, x)}
-            if mirrored:
-                mirror = autoencoder.encode(first_stage.config, params, x[:, :, ::-1])
-                moments["moments_mirrored"] = mirror
-            return moments
-
-    compiled = jax.jit(encode, out_shardings=sharding)
-
-    def filled(image: np.ndarray) -> dict[str, np.ndarray]:
-        # The last batch is filled up with copies, so that one program serves all.
-        rows = np.minimum(np.arange(batch_size), len(image) - 1)
-        moments = jax.device_get(
-            compiled(first_stage.params, jax.device_put(image[rows], sharding))
-        )
-        return {name: value[: len(image)] for name, value in moments.items()}
-
-    return filled
 
 
 def _encoded(
