@@ -141,6 +141,16 @@ def test_smoothing_keeps_a_vanishing_count_from_dividing_noise():
     np.testing.assert_array_equal(codebook[2:], 0)
 
 
+def test_smoothed_counts_add_up_to_the_counts():
+    """(N_i + 1e-5) / (N + K 1e-5) N, as published (van den Oord et al., 2017, in its code)."""
+    carried = {"count": jnp.zeros(N), "sum": jnp.ones((N, C))}
+    one, index = jnp.full((1, 1, 1, C), 2.0), jnp.zeros((1, 1, 1), jnp.int32)
+    codebook, carried = upkeep(AVERAGE)(CODEBOOK, carried, one, index, jax.random.key(0))
+    smooth = np.float64(carried["sum"]) / codebook
+    np.testing.assert_allclose(smooth.sum(0), 0.1, rtol=1e-4)
+    np.testing.assert_allclose(smooth[1:], 1e-5 / (0.1 + 12e-5) * 0.1, rtol=1e-4)
+
+
 def test_upkeep_without_an_average_leaves_the_codebook_alone():
     indices = nearest(CODEBOOK, Z)
     carried = {"count": jnp.full(N, 9.0), "sum": jnp.zeros((N, C))}

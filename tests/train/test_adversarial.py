@@ -55,3 +55,54 @@ def test_discriminator_learns_to_tell(norm, loss, more):
     assert float(metrics["logit_fake"]) < 0 < float(metrics["logit_real"])
     if more.get("lecam_weight"):
         assert carried["lecam"]["real"] > 0 > carried["lecam"]["fake"]
+
+
+@pytest.fixture
+def by_hand(monkeypatch):
+    """A discriminator of one multiplication; gives a turn's loss and what is carried after it."""
+    monkeypatch.setattr(
+        adversarial.discriminator, "apply", lambda config, p, x: (p["w"] * x[..., :1], {})
+    )
+    optimizer = optax.set_to_zero()
+    network = discriminator.DiscriminatorConfig(norm="none")
+
+    def turn(x, x_hat, step, lecam=None, **fields):
+        config = adversarial.AdversarialConfig(weight=1.0, start=3, discriminator=network, **fields)
+        params = {"w": jnp.float32(2)}
+        carried = {"params": params, "optimizer": optimizer.init(params)}
+        carried |= {"lecam": lecam} if lecam else {}
+        carried, metrics = adversarial.discriminator_turn(
+            config, optimizer, carried, x, x_hat, jnp.int32(step)
+        )
+        return float(metrics["discriminator"]), carried.get("lecam")
+
+    return turn
+
+
+X, X_HAT = np.random.default_rng(0).normal(size=(2, 4, 3, 5, 3)).astype(np.float32)
+
+
+def test_lecam_pulls_to_the_other_sides_anchor_from_the_second_turn_on(by_hand):
+    """Tseng et al., CVPR 2021: E[D(x) - a_F]_+^2 + E[a_R - D(G)]_+^2, anchors of decay 0.99."""
+    real, fake = 2 * X[..., 0], 2 * X_HAT[..., 0]
+    plain, _ = by_hand(X, X_HAT, 3)
+    nothing = {"real": jnp.zeros(()), "fake": jnp.zeros(())}
+    first, anchors = by_hand(X, X_HAT, 3, nothing, lecam_weight=0.5)
+    assert first == pytest.approx(plain, rel=1e-6)
+    np.testing.assert_allclose(anchors["real"], real.mean(), rtol=1e-5)
+    np.testing.assert_allclose(anchors["fake"], fake.mean(), rtol=1e-5)
+
+    before = {"real": jnp.float32(0.75), "fake": jnp.float32(-0.25)}
+    second, anchors = by_hand(X, X_HAT, 4, before, lecam_weight=0.5)
+    pull = np.square(np.maximum(real + 0.25, 0)).mean()
+    pull += np.square(np.maximum(0.75 - fake, 0)).mean()
+    assert second == pytest.approx(plain + 0.5 * pull, rel=1e-5)
+    np.testing.assert_allclose(anchors["real"], 0.99 * 0.75 + 0.01 * real.mean(), rtol=1e-5)
+    np.testing.assert_allclose(anchors["fake"], 0.99 * -0.25 + 0.01 * fake.mean(), rtol=1e-5)
+
+
+def test_gradient_penalty_is_half_of_gamma_times_the_squared_slope_at_real_images(by_hand):
+    """Mescheder et al., ICML 2018, eq. 9. The slope by each of 15 pixels of a channel is 2 / 15."""
+    plain, _ = by_hand(X, X_HAT, 3)
+    penalised, _ = by_hand(X, X_HAT, 3, gradient_penalty=10.0)
+    assert penalised - plain == pytest.approx(10 / 2 * 15 * (2 / 15) ** 2, rel=1e-4)

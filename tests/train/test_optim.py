@@ -265,6 +265,42 @@ def test_first_update_is_the_published_one(name):
     )
 
 
+def second_update(config, slopes):
+    """The update of the gradients `slopes`, after that of SLOPES."""
+    optimizer = optim.make_optimizer(config, 10, EDGES)
+    state = optimizer.update(SLOPES, optimizer.init(TREE), TREE)[1]
+    return optimizer.update(slopes, state, TREE)[0]
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.95])
+def test_muons_momentum_is_nesterovs_with_its_bias_corrected(momentum):
+    """Of the momentum of the next step and the gradient of this one (Dozat, 2016)."""
+    config = optim.OptimConfig(name="muon", lr=0.1, momentum=momentum)
+    other = random_tree(2)
+    got = second_update(config, other)["hidden"]["kernel"]
+    g1, g2 = (np.float64(tree["hidden"]["kernel"]) for tree in (SLOPES, other))
+    m = (1 - momentum) * (momentum * g1 + g2)
+    look = momentum * m / (1 - momentum**3) + (1 - momentum) * g2 / (1 - momentum**2)
+    np.testing.assert_allclose(got, first_muon(look), rtol=2e-4, atol=2e-4)
+
+
+def test_lions_two_decays_are_of_its_step_and_of_its_memory():
+    """Chen et al., 2023, algorithm 2: the sign of b1 m + (1 - b1) g, then m = b2 m + (1 - b2) g."""
+    against = jax.tree.map(lambda g: -0.3 * g, SLOPES)
+    for b2, sign in ((0.5, 1), (0.99, -1)):  # 0.45 - 0.03, and 0.009 - 0.03
+        update = second_update(optim.OptimConfig(name="lion", lr=0.1, b2=b2), against)
+        jax.tree.map(
+            lambda u, g, s=sign: np.testing.assert_allclose(u, -0.1 * s * np.sign(g), rtol=1e-6),
+            update,
+            SLOPES,
+        )
+
+
+def test_adafactors_momentum_takes_its_share_of_the_first_update():
+    whole, tenth = (one_update(optim.OptimConfig(name="adafactor", b1=b1)) for b1 in (0.0, 0.9))
+    jax.tree.map(lambda w, t: np.testing.assert_allclose(t, 0.1 * w, rtol=1e-5), whole, tenth)
+
+
 def test_orthogonal_update_has_the_size_of_adamws():
     """So that the learning rate carries over: 0.2, which is what AdamW's settle at."""
     update = one_update(optim.OptimConfig(name="muon", lr=1.0))["large"]["kernel"]
