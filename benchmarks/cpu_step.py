@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from ldm_jax.train.gradient import Loss
 
 from benchmarks.record import keep
 from benchmarks.timing import by_turns, ratios
@@ -34,7 +35,6 @@ from ldm_jax.runs.config_files import build
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.sharding import make_mesh
 from ldm_jax.train import optim, steps
-from ldm_jax.train.gradient import Loss
 from ldm_jax.train.state import TrainState, init_state
 from tests.parity import reference
 

@@ -10,9 +10,13 @@ import numpy as np
 import optax
 import pytest
 
+from ldm_jax.data.images import SOURCES, ImagesConfig
 from ldm_jax.errors import InputError
-from ldm_jax.jobs import train_autoencoder, train_denoiser
-from ldm_jax.models import latents
+from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
+from ldm_jax.keys import key_for
+from ldm_jax.models import conditions, denoiser, latents
+from ldm_jax.models.autoencoder import AutoencoderConfig
+from ldm_jax.models.conditions import CONDITIONS, Signals, Widths
 from ldm_jax.models.denoiser import BACKBONES, Backbone, DenoiserConfig
 from ldm_jax.models.latents import CODECS, SampleCodec
 from ldm_jax.models.layers import Dense, declarations, draw_parameters, parameter_axes
@@ -26,10 +30,13 @@ from ldm_jax.sampling.draw import draw_images
 from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sharding import MeshConfig, constrain, make_mesh
 from ldm_jax.train import ema, optim
+from ldm_jax.train.adversarial import AdversarialConfig
 from ldm_jax.train.checkpoint import Checkpoints
+from ldm_jax.train.first_stage import AutoencoderLoss
 from ldm_jax.train.hooks import Hook
 from ldm_jax.train.step import Seen, Training, make_trainer
 from tests import tiny
+from tests.data import toy
 
 SHARDED = MeshConfig(2, 4, 1)
 
@@ -133,8 +140,6 @@ class Toy(nn.Module):
 
 
 def toy_declared(config, widths):
-    from ldm_jax.models.conditions import Signals
-
     signals = Signals(
         None,
         jnp.zeros((1, 1, widths.tokens)) if widths.tokens else None,
@@ -294,6 +299,139 @@ def test_a_codec_of_mean_and_logvar_trains_and_samples(
     assert (model.codec.channels, type(model.codec)) == (4, MeanLogvar)
     images, labels = draw_images(model, SampleOptions(num=8, steps=2, guidance=2.0))
     assert images.shape == (8, 8, 8, 3) and labels.tolist() == list(range(8))
+
+
+# Conditions with fields of their own: a map that is always kept, and tokens that may be dropped.
+
+
+@dataclasses.dataclass(frozen=True)
+class MapCondition:
+    """A map [8,8] beside z_t, as one channel."""
+
+    widths = Widths(maps=1)
+    fields = ("semantic",)
+
+    def entries(self):
+        return {"semantic": jax.ShapeDtypeStruct((8, 8), jnp.int32)}
+
+    def init(self, key):
+        return {"map_gain": jnp.ones(())}
+
+    def axes(self):
+        return {"map_gain": ()}
+
+    def apply(self, params, cond):
+        values = (cond["semantic"] - 1128).astype(jnp.float32) / 128
+        return Signals(maps=(params["map_gain"] * values)[..., None])
+
+    def null(self, batch_size):
+        return {}
+
+    def read(self, rows):
+        return {"semantic": rows["semantic"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCondition:
+    """Five words of a small vocabulary; word 0 says nothing."""
+
+    vocabulary: int = 16
+    width: int = 8
+
+    @property
+    def widths(self):
+        return Widths(tokens=self.width)
+
+    fields = ("tokens",)
+
+    def entries(self):
+        return {"words": jax.ShapeDtypeStruct((5,), jnp.int32)}
+
+    def init(self, key):
+        return {"words": jax.random.normal(key, (self.vocabulary, self.width))}
+
+    def axes(self):
+        return {"words": ("vocab", "in_channels")}
+
+    def apply(self, params, cond):
+        return Signals(tokens=params["words"][cond["words"]])
+
+    def null(self, batch_size):
+        return {"words": jnp.zeros((batch_size, 5), jnp.int32)}
+
+    def read(self, rows):
+        return {"words": 1 + np.asarray(rows["tokens"], np.int32) % (self.vocabulary - 1)}
+
+
+@pytest.fixture
+def toy_conditions(toy_backbone, monkeypatch, tmp_path):
+    """A run on cached pixels of the toy source, told by its maps and its tokens."""
+    monkeypatch.setitem(SOURCES, "toy", lambda config, split: toy.source())
+    monkeypatch.setitem(CONDITIONS, "map", MapCondition)
+    monkeypatch.setitem(CONDITIONS, "words", TokenCondition)
+    pixels = dataclasses.replace(
+        tiny.AUTOENCODER,
+        images=ImagesConfig(source="toy", resolution=toy.RESOLUTION),
+        model=AutoencoderConfig(
+            latent="identity", resolution=8, width_multipliers=(1,), latent_channels=3
+        ),
+        loss=AutoencoderLoss(perceptual_weight=0.0),
+        adversarial=AdversarialConfig(),
+    )
+    train_autoencoder.run(pixels, tmp_path / "pixels")
+    cache_latents.run(tmp_path / "pixels", cache_latents.CacheOptions(pack=8, splits=("train",)))
+    told = {"semantic": MapCondition(), "words": TokenCondition()}
+    model = DenoiserConfig(ToyConfig(in_channels=3, out_channels=3), told)
+    loss = dataclasses.replace(tiny.DENOISER.loss, condition_dropout=0.5)
+    return with_toy(tmp_path / "pixels", model=model, loss=loss, flip=True, whitening="channel")
+
+
+def toy_fields(count):
+    examples = [toy.example(i, wide=8) for i in range(count)]
+    return {name: np.stack([e[name] for e in examples]) for name in ("semantic", "tokens")}
+
+
+def test_conditions_with_their_own_fields_train_drop_guide_and_sample(toy_conditions, tmp_path):
+    config, kinds = toy_conditions, {"semantic": "map", "words": "words"}
+    plain = to_json(config)["model"]["conditions"]
+    assert {name: row["kind"] for name, row in plain.items()} == kinds
+    assert build_config(DenoiserRun, to_json(config)) == config
+    state = train_denoiser.run(config, tmp_path / "run")
+    before = denoiser.init(config.model, key_for(config.seed, "init"))
+    for name in ("words", "map_gain"):  # both are learned from
+        have, start = state.params["conditioner"][name], before["conditioner"][name]
+        assert float(jnp.abs(have - start).max()) > 0
+    # The null word is trained where tokens were dropped, and maps never are.
+    rows = {n: jnp.asarray(x) for n, x in toy_fields(8).items()}
+    cond = conditions.read(config.model.conditions, rows)
+    dropped = conditions.drop(config.model.conditions, cond, jnp.arange(8) % 2 == 0)
+    np.testing.assert_array_equal(dropped["semantic"], cond["semantic"])
+    np.testing.assert_array_equal(dropped["words"][::2], 0)
+    np.testing.assert_array_equal(dropped["words"][1::2], cond["words"][1::2])
+
+    model = load_model(tmp_path / "run")
+    options = SampleOptions(num=8, batch_size=8, steps=2, guidance=2.0)
+    with pytest.raises(InputError, match="'semantic' reads the field 'semantic'"):
+        draw_images(model, options)
+    fields = toy_fields(8)
+    images, _ = draw_images(model, options, fields)
+    assert images.shape == (8, 8, 8, 3)
+    for name in fields:
+        other = fields | {name: fields[name][::-1]}
+        assert (draw_images(model, options, other)[0] != images).any(), name
+    unguided = dataclasses.replace(options, guidance=1.0)
+    assert (draw_images(model, unguided, fields)[0] != images).any()
+    # Sample i takes row i of the fields in turn.
+    half = {name: values[:4] for name, values in fields.items()}
+    np.testing.assert_array_equal(draw_images(model, options, half)[0][:4], images[:4])
+
+
+def test_a_cache_without_a_conditions_field_is_refused(toy_backbone, first_stage, tmp_path):
+    model = dataclasses.replace(
+        tiny.DENOISER.model, backbone=ToyConfig(), conditions={"words": TokenCondition()}
+    )
+    with pytest.raises(InputError, match=r"conditions.words reads 'tokens' .* holds \['label'\]"):
+        train_denoiser.run(with_toy(first_stage, model=model), tmp_path)
 
 
 # A hook that raises.
