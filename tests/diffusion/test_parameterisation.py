@@ -140,13 +140,14 @@ def test_dynamic_limit_brings_the_quantile_to_the_bound():
     assert ratio.std() < 1e-6 and ratio.mean() < 1
 
 
-@pytest.mark.parametrize("bound", [0.5, 1.0, 2.0])
-def test_dynamic_limit_is_imagens(bound):
+@pytest.mark.parametrize(("bound", "scale"), [(0.5, 3), (0.5, 0.25), (1, 3), (2, 3), (2, 0.5)])
+def test_dynamic_limit_is_imagens(bound, scale):
     process = make_process(ProcessConfig())
-    z_t, t = 3 * jax.random.normal(key_for(0, "z_t"), (2, 20, 20, 2)), jnp.array([10, 900])
+    z_t, t = scale * jax.random.normal(key_for(0, "z_t"), (2, 20, 20, 2)), jnp.array([10, 900])
     plain = predictor(process, "x0", lambda z_t, t, cond: z_t)
     x0 = np.float64(z_t)
     size = np.quantile(np.abs(x0), 0.995, axis=(1, 2, 3), keepdims=True)  # Imagen, section 2.3
+    size = np.maximum(size, bound)
     expected = np.clip(x0, -size, size) / size * bound
     got = dynamically_clipped(plain, process, bound=bound)(z_t, t, None)[0]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)

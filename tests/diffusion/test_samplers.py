@@ -182,6 +182,20 @@ def test_unipc_has_order_one_where_its_differences_would_begin_at_pure_noise():
     np.testing.assert_allclose(got, z, rtol=1e-5, atol=1e-5)
 
 
+def test_sde_flow_is_the_published_equation_step_by_step():
+    """Euler-Maruyama on SiT eq. 4 with w = 2 sigma, and without noise in its last step."""
+    keys, grid = keys_of([0, 1, 2]), make_grid(FLOW, 4, "last_step")
+    predict = predictor(FLOW, "velocity", nonlinear)
+    got = SAMPLERS["sde_flow"](predict, grid, Z_T, None, keys)
+    z = np.asarray(Z_T, np.float64)
+    for i, noise in enumerate(step_noises(keys, 4)):
+        t, dt = grid.times[i], grid.times[i + 1] - grid.times[i]
+        velocity = nonlinear_eps(z, t)
+        eps = z + (1 - t) * velocity  # z = (1 - t) x0 + t eps, velocity = eps - x0
+        z = z + (velocity + eps) * dt + (i < 3) * np.sqrt(2 * t * -dt) * noise
+    np.testing.assert_allclose(got, z, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("churn", [2.0, 40.0])
 def test_edm_is_the_published_algorithm_step_by_step(churn):
     keys, grid = keys_of([0, 1, 2]), make_grid(EDM, 8)

@@ -54,6 +54,22 @@ def test_overlap_passes_smoothly_from_tile_to_tile():
     assert np.all(steps >= -1e-6) and steps.max() < 0.6 * (blended[-1] - blended[0])
 
 
+def test_pixel_is_the_mean_of_its_tiles_weighted_by_the_distance_to_their_borders():
+    def first_pixel(z_t, t, cond):
+        return jnp.ones_like(z_t) * z_t[:, :1, :1]
+
+    z_t = jax.random.normal(key_for(0, "z_t"), (1, 8, 8, 1))
+    total, weights = np.zeros((8, 8)), np.zeros((8, 8))
+    for y, x in ((0, 0), (0, 2), (2, 0), (2, 2)):
+        for row in range(6):
+            for column in range(6):
+                weight = min(row + 1, 6 - row, column + 1, 6 - column)
+                total[y + row, x + column] += weight * z_t[0, y, x, 0]
+                weights[y + row, x + column] += weight
+    got = tiled(first_pixel, 6, 4)(z_t, T[:1], None)[0, ..., 0]
+    np.testing.assert_allclose(got, total / weights, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("tile", "overlap", "words"), [(4, 4, "overlap 4"), (8, 2, "tile 8 is")])
 def test_tiles_that_do_not_fit_are_refused(tile, overlap, words):
     with pytest.raises(InputError, match=words):
