@@ -53,7 +53,10 @@ PROTOCOL = protocol.make(
 def he_normal(shapes):
     """Kernels of variance 2 / fan-in, no biases."""
     rng = np.random.default_rng(0)
-    draw = lambda s: rng.standard_normal(s, np.float32) * np.float32((2 / math.prod(s[:-1])) ** 0.5)  # noqa: E731
+
+    def draw(s):
+        return rng.standard_normal(s, np.float32) * np.float32((2 / math.prod(s[:-1])) ** 0.5)
+
     return jax.tree.map(lambda s: draw(s.shape) if len(s.shape) > 1 else np.zeros(s.shape), shapes)
 
 
@@ -99,13 +102,15 @@ class Ways:
             bare = []
 
             def call(indices, bare=bare):
-                alone = lambda: self.forward(indices[0], indices[-1] + 1)  # noqa: E731
+                def forward():
+                    return self.forward(indices[0], indices[-1] + 1)
+
                 late = len(bare) % 2
                 if not late:
-                    bare.append(seconds(alone))
+                    bare.append(seconds(forward))
                 features = self.measure(self.params, self.images[indices])
                 if late:
-                    bare.append(seconds(alone))
+                    bare.append(seconds(forward))
                 return features
 
             whole = seconds(lambda call=call: self.extraction(call))
@@ -137,7 +142,10 @@ def parts(folder):
         each = [seconds(lambda t=t: sums[t].add(blocks[t]))[0] for t in MOMENTS]
         taken["sums"].append(sum(each) / accumulate.BLOCK)
         state = begin()
-        whole = lambda state=state: (feed(state, FED), state.finish())  # noqa: E731
+
+        def whole(state=state):
+            return (feed(state, FED), state.finish())
+
         taken["both"].append(seconds(whole)[0] / FED)
         taken["save"].append(seconds(state.save)[0])
     return {name: summary(times) for name, times in taken.items()}

@@ -43,7 +43,10 @@ def main():
         pair = (reference.mean, reference.covariance, samples.mean, samples.covariance)
         whole = timed(seconds, "frechet_distance", frechet.frechet_distance, *pair)
         root = frechet.Gaussian.fitted(reference)  # what a reference file may keep
-        step = lambda: frechet.Gaussian.fitted(samples).distance(root)  # noqa: B023, E731
+
+        def step():
+            return frechet.Gaussian.fitted(samples).distance(root)  # noqa: B023
+
         cached = timed(seconds, "with the reference's root made before", step)
         same = root.distance(root)
     results = {

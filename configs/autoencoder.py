@@ -69,7 +69,10 @@ def _published(name):
     latent, multipliers, attends, middle, channels, codes, batch, start, weight, layers, *_ = ROWS[
         name
     ]
-    numbers = lambda text: tuple(int(n) for n in text.split(",") if n != "-")  # noqa: E731
+
+    def numbers(text):
+        return tuple(int(n) for n in text.split(",") if n != "-")
+
     c = ml_collections.ConfigDict()
     c.batch_size = int(batch)
     c.num_steps = 500_000

@@ -162,7 +162,10 @@ def state_shardings(state: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> 
     `state` is a tree of shapes. A leaf whose path ends with the path of a parameter and that has
     the same rank (parameters, EMA, optimizer moments) is sharded like it; the rest is replicated.
     """
-    is_names = lambda x: isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)  # noqa: E731
+
+    def is_names(x):
+        return isinstance(x, tuple) and all(n is None or isinstance(n, str) for n in x)
+
     by_path = {
         tuple(key_name(k) for k in path): names
         for path, names in jax.tree_util.tree_leaves_with_path(axes, is_leaf=is_names)

@@ -40,8 +40,11 @@ LONG = ("train/test_mesh", "train/test_processes", "train/", "jobs/")
 def pytest_collection_modifyitems(items):
     """The long files first, so that no worker is left with one of them at the end."""
     tests = Path(__file__).parent
-    place = lambda item: str(item.path.relative_to(tests))  # noqa: E731
-    rank = lambda item: next(  # noqa: E731
-        (i for i, start in enumerate(LONG) if place(item).startswith(start)), len(LONG)
-    )
+
+    def place(item):
+        return str(item.path.relative_to(tests))
+
+    def rank(item):
+        return next((i for i, start in enumerate(LONG) if place(item).startswith(start)), len(LONG))
+
     items.sort(key=rank)

@@ -31,7 +31,10 @@ def narrow(patch: pytest.MonkeyPatch) -> None:
 def lpips() -> dict[str, np.ndarray]:
     """The two published files of LPIPS."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape, np.float32)  # noqa: E731
+
+    def draw(*shape):
+        return rng.standard_normal(shape, np.float32)
+
     tensors, c_in = {}, 3
     for b, (positions, widths) in enumerate(zip(POSITIONS, perceptual_net.BLOCKS, strict=True)):
         for position, width in zip(positions, widths, strict=True):

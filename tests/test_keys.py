@@ -49,9 +49,12 @@ def test_example_keys_depend_on_the_global_index_alone():
 
 
 def test_normal_like_draws_each_row_from_its_own_key():
-    noise = lambda indices: normal_like(  # noqa: E731
-        example_keys(key_for(0, "noise", 0), jnp.asarray(indices)), jnp.zeros((len(indices), 3, 2))
-    )
+    def noise(indices):
+        return normal_like(
+            example_keys(key_for(0, "noise", 0), jnp.asarray(indices)),
+            jnp.zeros((len(indices), 3, 2)),
+        )
+
     whole = noise(range(6))
     np.testing.assert_array_equal(noise([4]), whole[4:5])
     np.testing.assert_array_equal(noise([5, 1, 0]), whole[jnp.array([5, 1, 0])])

@@ -102,7 +102,10 @@ def errors(config, gain, mutate=lambda model: None):
         "kl": lambda x: model.encode(x).latent_dist.parameters,
         "vq": lambda x: model.encode(x).latents,
     }[config.latent]
-    decode = lambda z: model.decode(z).sample  # noqa: E731
+
+    def decode(z):
+        return model.decode(z).sample
+
     theirs = (
         *reference.value_and_pullback(encode, x, moments),
         *reference.value_and_pullback(decode, z, image),

@@ -37,7 +37,9 @@ def torchvision_vgg16():
 
 
 def normalize(x, mean, std, inplace):
-    row = lambda v: torch.tensor(v).reshape(1, -1, 1, 1)  # noqa: E731
+    def row(v):
+        return torch.tensor(v).reshape(1, -1, 1, 1)
+
     return (x - row(mean)) / row(std)
 
 
