@@ -227,16 +227,33 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """optax.clip_by_global_norm, to which `update(..., norm=...)` may tell the norm.
+
+    A step knows it already; taken once more it would be another kernel for every parameter.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None, *, norm: Any = None, **_: Any) -> Any:
+        norm = optax.tree.norm(updates) if norm is None else norm
+
+        def clip(g: jax.Array) -> jax.Array:
+            return jax.lax.select(norm < limit, g, (g / norm.astype(g.dtype)) * limit)
+
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(
     config: OptimConfig, num_steps: int, edges: Collection[str] = ()
-) -> optax.GradientTransformation:
-    """Clipping, then the optimizer with decoupled weight decay.
+) -> optax.GradientTransformationExtraArgs:
+    """Clipping, then the optimizer with decoupled weight decay; see `clip_by_norm`.
 
     `edges` are the names of the model's first and last layers, which Muon leaves to AdamW.
 
     The state is made of trees like the parameters, so it is sharded as they are; Adafactor's row
     and column statistics, of lower rank, are replicated.
     """
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    clip = clip_by_norm(config.clip_norm) if config.clip_norm else optax.identity()
     rate = learning_rate(config, num_steps)
     return optax.chain(clip, OPTIMIZERS[config.name](config, rate, edges))

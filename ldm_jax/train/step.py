@@ -5,6 +5,7 @@ makes of it, on a mesh, all that a loop, a plan or a benchmark needs, from shape
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +66,7 @@ class Training:
     init: Callable[[jax.Array], Any]  # key -> parameters
     axes: Any  # logical axis names of each
     loss: Loss
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformationExtraArgs
     learning_rate: optax.Schedule
     average: ema.EmaConfig
     batch: dict[str, jax.ShapeDtypeStruct]  # the global batch
@@ -125,8 +126,19 @@ def make_trainer(training: Training, mesh: Mesh) -> Trainer:
             donate_argnums=0,
             in_shardings=(shardings, frozen, batch_sharding(mesh)),
             out_shardings=(shardings, replicated(mesh)),
+            compiler_options=compiler_options(mesh),
         ),
     )
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any]:
+    """Compiling a step on the CPU takes as long as dozens of steps, and its kernels gain nothing.
+
+    What XLA_FLAGS say of it stays.
+    """
+    level = "xla_backend_optimization_level"
+    cpu = mesh.devices.flat[0].platform == "cpu"
+    return {level: 1} if cpu and level not in os.environ.get("XLA_FLAGS", "") else {}
 
 
 def placed(shapes: Any, shardings: Any) -> Any:
@@ -202,7 +214,9 @@ def make_step(training: Training, mesh: Mesh, shardings: TrainState) -> Step:
 
             def update(state: TrainState) -> TrainState:
                 trained: Any = {**state.params, **{n: state.extra[n] for n in names}}
-                updates, opt_state = training.optimizer.update(grads, state.opt_state, trained)
+                updates, opt_state = training.optimizer.update(
+                    grads, state.opt_state, trained, norm=norm
+                )
                 trained = optax.apply_updates(trained, updates)
                 params = {n: trained[n] for n in state.params}
                 extra = {**state.extra, **turn.extra, **{n: trained[n] for n in names}}
