@@ -41,7 +41,10 @@ PROCESS = make_process(ProcessConfig())
 
 def network(params):
     cond = {"label": jnp.arange(SHAPE[0])}
-    net = lambda z, t, c: denoiser.apply(MODEL, params, z, t, cond)  # noqa: E731
+
+    def net(z, t, c):
+        return denoiser.apply(MODEL, params, z, t, cond)
+
     return at_network(PROCESS, net)
 
 
@@ -74,8 +77,13 @@ def main():
     for name in NAMES:
         run = sampling(name, STEPS).lower(params, z, keys).compile()
         count = 2 * STEPS - 1 if name == "heun" else STEPS
-        loop = lambda run=run: run(params, z, keys).block_until_ready()  # noqa: E731
-        alone = lambda count=count: calls(count).block_until_ready()  # noqa: E731
+
+        def loop(run=run):
+            return run(params, z, keys).block_until_ready()
+
+        def alone(count=count):
+            return calls(count).block_until_ready()
+
         pairs = by_turns(loop, alone, REPEATS)
         (clock, processors), bare_clock = ratios(pairs), [alone[0] for _, alone in pairs]
         results[name] = {

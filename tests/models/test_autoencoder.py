@@ -70,9 +70,15 @@ def published_count(
     colours=3,
 ):
     """(encoder, decoder): arithmetic over the levels of the published architecture."""
-    conv = lambda i, o, k=3: k * k * i * o + o  # noqa: E731
-    norm = lambda c: 2 * c  # noqa: E731
-    attend = lambda c: norm(c) + 4 * conv(c, c, 1)  # q, k, v, out # noqa: E731
+
+    def conv(i, o, k=3):
+        return k * k * i * o + o
+
+    def norm(c):
+        return 2 * c
+
+    def attend(c):
+        return norm(c) + 4 * conv(c, c, 1)  # q, k, v, out
 
     def res(i, o):
         return norm(i) + conv(i, o) + norm(o) + conv(o, o) + (conv(i, o, 1) if i != o else 0)
@@ -136,8 +142,9 @@ def test_every_preset_has_the_parameters_of_the_published_architecture(name):
     if model.latent == "vq":
         assert codebook == model.quantizer.codebook_size * model.latent_channels
     if name in RELEASED:
-        side = lambda c: c * c + c  # the 1x1 adapters are part of the total alone  # noqa: E731
-        bare = encoder - side(model.moment_channels), decoder - side(model.latent_channels)
+        # The 1x1 adapters are part of the total alone.
+        adapters = [c * c + c for c in (model.moment_channels, model.latent_channels)]
+        bare = encoder - adapters[0], decoder - adapters[1]
         figures = [n / 1e6 for n in (*bare, encoder + decoder + codebook)]
         np.testing.assert_allclose(figures, RELEASED[name], atol=0.0051)
         assert model.factor == int(name.split("-")[1].removeprefix("f"))

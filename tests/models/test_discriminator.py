@@ -77,13 +77,12 @@ def test_every_parameter_starts_from_its_published_law():
 
 @pytest.mark.parametrize("norm", discriminator.NORMS)
 def test_axes_name_every_dimension(norm):
-    is_names = lambda x: isinstance(x, tuple)  # noqa: E731
     names = discriminator.axes(CONFIGS[norm])
     jax.tree.map(
         lambda n, p: pytest.fail(f"{n} {p.shape}") if len(n) != len(p.shape) else None,
         names,
         shapes(CONFIGS[norm]),
-        is_leaf=is_names,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 

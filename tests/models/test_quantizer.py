@@ -48,9 +48,9 @@ def test_nearest_of_equals_is_the_first_and_padding_is_none():
 def test_straight_through_has_the_value_of_codes_and_the_gradient_of_latents():
     @jax.jit
     def answers(z, codebook, cotangent):
-        value = lambda z, codebook: quantizer.straight_through(  # noqa: E731
-            z, quantizer.quantize(codebook, z)[0]
-        )
+        def value(z, codebook):
+            return quantizer.straight_through(z, quantizer.quantize(codebook, z)[0])
+
         out, pullback = jax.vjp(value, z, codebook)
         return out, *pullback(cotangent)
 

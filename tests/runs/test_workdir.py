@@ -126,9 +126,11 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
     for name, value in free.items():
         open_run(tmp_path, "train-denoiser", dataclasses.replace(RUN, **{name: value}), mesh, DATA)
         start(tmp_path, mesh)
-    first_stage = lambda **changes: open_run(  # noqa: E731
-        tmp_path / "first", "j", dataclasses.replace(tiny.AUTOENCODER, **changes), mesh, DATA
-    )
+
+    def first_stage(**changes):
+        run = dataclasses.replace(tiny.AUTOENCODER, **changes)
+        open_run(tmp_path / "first", "j", run, mesh, DATA)
+
     first_stage()
     for name, value in of_first_stages.items():
         first_stage(**{"eval_every": 5, name: value})
