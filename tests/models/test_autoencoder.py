@@ -142,11 +142,9 @@ def test_every_preset_has_the_parameters_of_the_published_architecture(name):
     if model.latent == "vq":
         assert codebook == model.quantizer.codebook_size * model.latent_channels
     if name in RELEASED:
-
-        def side(c):
-            return c * c + c  # the 1x1 adapters are part of the total alone
-
-        bare = encoder - side(model.moment_channels), decoder - side(model.latent_channels)
+        # The 1x1 adapters are part of the total alone.
+        adapters = [c * c + c for c in (model.moment_channels, model.latent_channels)]
+        bare = encoder - adapters[0], decoder - adapters[1]
         figures = [n / 1e6 for n in (*bare, encoder + decoder + codebook)]
         np.testing.assert_allclose(figures, RELEASED[name], atol=0.0051)
         assert model.factor == int(name.split("-")[1].removeprefix("f"))

@@ -77,15 +77,12 @@ def test_every_parameter_starts_from_its_published_law():
 
 @pytest.mark.parametrize("norm", discriminator.NORMS)
 def test_axes_name_every_dimension(norm):
-    def is_names(x):
-        return isinstance(x, tuple)
-
     names = discriminator.axes(CONFIGS[norm])
     jax.tree.map(
         lambda n, p: pytest.fail(f"{n} {p.shape}") if len(n) != len(p.shape) else None,
         names,
         shapes(CONFIGS[norm]),
-        is_leaf=is_names,
+        is_leaf=lambda x: isinstance(x, tuple),
     )
 
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.runs import workdir as run_dir
 from ldm_jax.runs.settings import DenoiserRun, Samples
-from ldm_jax.runs.workdir import open_run, read_run
+from ldm_jax.runs.workdir import open_run, read_run, write_json
 from ldm_jax.sharding import MeshConfig, make_mesh
 from tests import tiny
 
@@ -127,9 +128,8 @@ def test_how_long_where_and_how_often_may_change(tmp_path, mesh):
         start(tmp_path, mesh)
 
     def first_stage(**changes):
-        return open_run(
-            tmp_path / "first", "j", dataclasses.replace(tiny.AUTOENCODER, **changes), mesh, DATA
-        )
+        run = dataclasses.replace(tiny.AUTOENCODER, **changes)
+        open_run(tmp_path / "first", "j", run, mesh, DATA)
 
     first_stage()
     for name, value in of_first_stages.items():
@@ -184,6 +184,24 @@ def test_checkpoints_without_a_record_are_refused_and_left_alone(tmp_path, mesh)
 def test_folder_without_a_record_is_no_run(tmp_path):
     with pytest.raises(InputError, match=r"holds no run\.json: it is not the run directory"):
         read_run(tmp_path)
+
+
+def test_record_is_replaced_in_one_move(tmp_path, monkeypatch):
+    """Killed between writing and renaming, the old record stands whole."""
+    path = tmp_path / "run.json"
+    write_json(path, {"a": 1})
+
+    def killed(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    write_json(path, {"a": 3})
+    assert json.loads(path.read_text()) == {"a": 3}
+    assert os.listdir(tmp_path) == ["run.json"]
 
 
 def test_git_state_is_empty_outside_of_a_checkout(tmp_path, monkeypatch):

@@ -51,8 +51,9 @@ def model_of(process="ldm_linear", guide=None):
     )
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     whitening = latents.Whitening((0.1, 0.0, -0.1), (0.5, 0.4, 0.6))
+    codec = latents.make_codec("sample", "point", whitening)
     stage, shape = FirstStage(first, {}, 3, "hash"), (8, 8, C)
-    return Model(run_of(process), GOOD, 6, "ema", stage, whitening, shape, mesh, guide)
+    return Model(run_of(process), GOOD, 6, "ema", stage, codec, shape, mesh, guide)
 
 
 @pytest.fixture(autouse=True)

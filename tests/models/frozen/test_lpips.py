@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.models.frozen import lpips as perceptual_net
+from tests.models.test_layers import np_conv
 
 X, Y = np.tanh(np.random.default_rng(0).standard_normal((2, 2, 16, 16, 3))).astype(np.float32)
 
@@ -73,6 +74,31 @@ def test_distance_is_the_sum_of_what_the_lines_say(answers, params):
         parts.append(answers(params | alone, X, Y)[0])
     assert min(part.min() for part in parts) > 1e-5
     np.testing.assert_allclose(answers(params, X, Y)[0], sum(parts), rtol=1e-5)
+
+
+def published_features(params, x):
+    """VGG16's last activations of each block, before its pooling, each pixel's of length 1."""
+    # torchvision's, for images in [0, 1].
+    mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    h, out = ((x + 1) / 2 - mean) / deviation, []
+    for block, count in enumerate((2, 2, 3, 3, 3)):
+        if block:
+            h = np.max([h[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
+        for layer in range(count):
+            h = np.maximum(np_conv(h, params[f"conv{block}_{layer}"]), 0)
+        out.append(h / (np.linalg.norm(h, axis=-1, keepdims=True) + 1e-10))
+    return out
+
+
+def published(params, x, y):
+    """Zhang et al., CVPR 2018, eq. 1, in f64."""
+    pairs = zip(published_features(params, x), published_features(params, y), strict=True)
+    return sum(((a - b) ** 2 @ params[f"lin{i}"]).mean((1, 2)) for i, (a, b) in enumerate(pairs))
+
+
+def test_distance_is_the_published_arithmetic(answers, params):
+    wide = (np.asarray(a, np.float64) for a in (X, Y))
+    np.testing.assert_allclose(answers(params, X, Y)[0], published(params, *wide), rtol=1e-4)
 
 
 @pytest.mark.parametrize("block", [0, 2, 4])
