@@ -23,22 +23,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from ldm_jax.train.gradient import Loss
 
 from benchmarks.record import keep
 from benchmarks.timing import by_turns, ratios
-from configs.denoiser import get_config
-from ldm_jax.diffusion.process import make_process
+from configs import autoencoder, denoiser
 from ldm_jax.interop.unet_names import unet_names
-from ldm_jax.models import denoiser, latents, layers, unet
+from ldm_jax.models import layers, unet
+from ldm_jax.models.conditions import Signals
+from ldm_jax.runs.build import denoiser_training, facts_of_config
 from ldm_jax.runs.config_files import build
-from ldm_jax.runs.settings import DenoiserRun
+from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.sharding import make_mesh
-from ldm_jax.train import optim, steps
-from ldm_jax.train.state import TrainState, init_state
+from ldm_jax.train import step as step_lib
+from ldm_jax.train.state import TrainState
+from ldm_jax.train.step import Seen, Training, make_trainer
 from tests.parity import reference
 
-RUN = build(DenoiserRun, get_config("digits").to_dict())
+RUN = build(DenoiserRun, denoiser.get_config("digits").to_dict())
+FIRST_STAGE = build(AutoencoderRun, autoencoder.get_config("digits").to_dict())
 SIDE, REPEATS, COMPILATIONS = 8, 20, 1
 LIMITS = {"to_diffusers": 1.30, "copies_of_update": 10}
 
@@ -65,27 +67,27 @@ def select_finite(
 @contextlib.contextmanager
 def plain():
     """While open, what is traced has the plain variants."""
-    ours = layers.group_norm, steps.keep_finite
-    layers.group_norm, steps.keep_finite = plain_group_norm, select_finite
+    ours = layers.group_norm, step_lib.keep_finite
+    layers.group_norm, step_lib.keep_finite = plain_group_norm, select_finite
     try:
         yield
     finally:
-        layers.group_norm, steps.keep_finite = ours
+        layers.group_norm, step_lib.keep_finite = ours
 
 
 def both_ways() -> dict[str, Callable[[], Any]]:
     """Forward and backward of one batch in ours and in diffusers; they agree before they count."""
-    config, width = RUN.model.backbone, RUN.model.conditioner.context_dim
+    config, width = RUN.model.backbone, RUN.model.widths.tokens
     z, cotangent = (reference.draw(i, RUN.batch_size, SIDE, SIDE, 4) for i in (1, 2))
     context, t = reference.draw(3, RUN.batch_size, 1, width), np.arange(RUN.batch_size) * 10
     theirs = reference.randomize(reference.conditional_unet(config, width))
     theirs = theirs.to(memory_format=torch.channels_last)
-    shapes = jax.eval_shape(lambda: unet.init(config, jax.random.key(0), width))
+    shapes = jax.eval_shape(lambda: unet.init(config, jax.random.key(0), RUN.model.widths))
     names = unet_names(config, width)
     params = jax.tree.map(jnp.asarray, reference.parameters(theirs, names, shapes))
 
     def value(params):
-        return (unet.apply(config, params, z, t, context) * cotangent).sum()
+        return (unet.apply(config, params, z, t, Signals(tokens=context)) * cotangent).sum()
 
     compiled = jax.jit(jax.value_and_grad(value)).lower(params).compile()
     of_torch = [reference.to_torch(a) for a in (z, cotangent)]
@@ -105,42 +107,20 @@ def both_ways() -> dict[str, Callable[[], Any]]:
     return {"ours": run_ours, "diffusers": run_theirs}
 
 
-def make_compile(loss: Loss) -> Callable[[], Any]:
-    """() -> the training step of the demo's denoiser with this loss, traced and compiled anew."""
-    mesh = make_mesh()
-    optimizer = optim.make_optimizer(RUN.optim, RUN.num_steps)
-    rate = optim.learning_rate(RUN.optim, RUN.num_steps)
-    state, shardings = init_state(
-        lambda: denoiser.init(RUN.model, jax.random.key(0)),
-        denoiser.axes(RUN.model),
-        optimizer,
-        mesh,
-        with_ema=True,
-    )
-    batch = {
-        "moments": jax.ShapeDtypeStruct((RUN.batch_size, SIDE, SIDE, 8), jnp.float32),
-        "label": jax.ShapeDtypeStruct((RUN.batch_size,), jnp.int32),
-    }
+def make_compile(training: Training) -> Callable[[], Any]:
+    """() -> the step of this training, traced and compiled anew."""
 
     def compiled():
-        step = steps.make_step(loss, optimizer, rate, RUN.ema, mesh, shardings)
-        return step.lower(state, batch).compile()
+        trainer = make_trainer(training, make_mesh())
+        state, frozen, batch = trainer.abstract_state, trainer.abstract_frozen, trainer.batch_spec
+        return trainer.step.lower(state, frozen, batch).compile()
 
     return compiled
 
 
-def half_square(params, batch, step):
+def half_square(trained, extra, frozen, batch, step):
     """A loss whose gradient is the parameters: the step is then its update and nothing else."""
-    return 0.5 * sum(jnp.square(p).sum() for p in jax.tree.leaves(params)), {}
-
-
-def demo_loss() -> Loss:
-    process = make_process(RUN.process)
-    whitening = latents.Whitening((0.0,) * 4, (1.0,) * 4)
-    return steps.denoiser_loss(
-        steps.denoiser_losses(RUN.model, RUN.loss, process, whitening, RUN.seed, RUN.objective),
-        RUN.loss_bins,
-    )
+    return 0.5 * sum(jnp.square(p).sum() for p in jax.tree.leaves(trained)), Seen({}, {})
 
 
 def copies(compiled: Any) -> int:
@@ -160,7 +140,10 @@ def main():
     runs = both_ways()
     pairs = by_turns(runs["ours"], runs["diffusers"], REPEATS)
     clock, processors = ratios(pairs)
-    step, update = make_compile(demo_loss()), make_compile(half_square)
+    demo = denoiser_training(RUN, facts_of_config(RUN, FIRST_STAGE.model))
+    step, update = (
+        make_compile(training) for training in (demo, dataclasses.replace(demo, loss=half_square))
+    )
 
     def plain_step():
         with plain():

@@ -20,22 +20,31 @@ from ldm_jax.train.optim import OptimConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderRun:
-    """`ldm train-autoencoder`."""
+class Run(LoopConfig):
+    """What both trainings are told beside the pace of their loop."""
 
     seed: int = 0
-    batch_size: int = 32  # images per step, over all devices
+    batch_size: int = 32  # examples per step, over all devices
     accumulate: int = 1  # micro-batches, one after the other, that a step's batch is taken in
-    num_steps: int = 1000
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    keep_every: int = 0
     max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
-    eval_every: int = 0  # steps between evaluations on held-out images; 0 = none
-    keep_best: str = ""  # figure of the evaluations whose best checkpoint is kept, as psnr_db
-    eval_images: int = 256  # of them, spread over the split, in each evaluation
     data_threads: int = 2  # that prepare batches ahead, per process
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed {self.seed} must be in 0..2**32 - 1")
+        within("accumulate", self.accumulate, "[1, inf)")
+        within("data_threads", self.data_threads, "[1, inf)")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderRun(Run):
+    """`ldm train-autoencoder`; evaluations are of held-out images."""
+
+    eval_images: int = 256  # spread over the split, in each evaluation
     images: ImagesConfig = ImagesConfig()
     model: AutoencoderConfig = AutoencoderConfig()
     loss: AutoencoderLoss = AutoencoderLoss()
@@ -44,10 +53,9 @@ class AutoencoderRun:
     init_from: str = ""  # workdir of a first stage whose weights to begin with; empty = random
     optim: OptimConfig = OptimConfig(b1=0.5, b2=0.9)
     ema: EmaConfig = EmaConfig(decay=0.0)
-    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        loop_config(self)
+        super().__post_init__()
         if self.accumulate > 1 and self.recipe.needs_whole_batches:
             raise InputError(
                 f"accumulate {self.accumulate}: an adversary and a codebook are trained on the "
@@ -108,24 +116,13 @@ class Samples:
 
 
 @dataclasses.dataclass(frozen=True)
-class DenoiserRun:
-    """`ldm train-denoiser`."""
+class DenoiserRun(Run):
+    """`ldm train-denoiser`; evaluations are losses of held-out latents, on fixed draws."""
 
-    seed: int = 0
     batch_size: int = 64  # latents per step, over all devices
-    accumulate: int = 1  # micro-batches, one after the other, that a step's batch is taken in
-    num_steps: int = 1000
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    keep_every: int = 0
-    max_bad_steps: int = 10  # in a row, not finite, that are skipped before the run is stopped
     loss_bins: int = 0  # equal intervals of time whose losses are logged apart; 0 = none
-    eval_every: int = 0  # steps between losses of held-out latents, on fixed draws; 0 = none
-    keep_best: str = ""  # figure of the evaluations whose best checkpoint is kept, as loss or fid
-    eval_examples: int = 1024  # of them, spread over the split, in each evaluation
+    eval_examples: int = 1024  # held-out latents, spread over the split, in each evaluation
     samples: Samples = Samples()  # judged then too
-    data_threads: int = 2
     autoencoder: str = ""  # workdir of the first stage
     latents: str = ""  # latent cache; empty = AUTOENCODER/latents
     flip: bool = False  # train on mirrored images half of the time
@@ -138,11 +135,9 @@ class DenoiserRun:
     objective: Objective = Objective()
     loss: DenoiserLoss = DenoiserLoss()
     optim: OptimConfig = OptimConfig(weight_decay=0.01)
-    ema: EmaConfig = EmaConfig()
-    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        loop_config(self)
+        super().__post_init__()
         within("eval_examples", self.eval_examples, "[1, inf)")
         if self.samples.num and not self.eval_every:
             raise InputError(
@@ -150,19 +145,6 @@ class DenoiserRun:
                 "0; set --config.eval_every"
             )
         within("loss_bins", self.loss_bins, "[0, inf)", "0 logs none")
-
-
-Run = AutoencoderRun | DenoiserRun
-
-
-def loop_config(run: Run) -> LoopConfig:
-    """The loop's part of a run; raises InputError for a seed or a pace out of range."""
-    if not 0 <= run.seed < 2**32:
-        raise InputError(f"seed {run.seed} must be in 0..2**32 - 1")
-    within("accumulate", run.accumulate, "[1, inf)")
-    within("data_threads", run.data_threads, "[1, inf)")
-    names = [f.name for f in dataclasses.fields(LoopConfig) if hasattr(run, f.name)]
-    return LoopConfig(**{name: getattr(run, name) for name in names})
 
 
 def todays(cls: type, values: dict[str, Any]) -> dict[str, Any]:
@@ -175,11 +157,11 @@ def todays(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         kept = {n: v for n, v in loss.items() if n != "label_dropout"}
         values["loss"] = {**kept, "condition_dropout": loss["label_dropout"]}
     if isinstance(model, dict) and isinstance(model.get("conditioner"), dict):
-        row = {"kind": "class", **model["conditioner"]}
-        if row["kind"] == "none":
-            row = {"kind": "none"}
         kept = {n: v for n, v in model.items() if n != "conditioner"}
-        values["model"] = {**kept, "conditions": {"class": row, **kept.get("conditions", {})}}
+        row = {"kind": "class", **model["conditioner"]}
+        row = {"kind": "none"} if row["kind"] == "none" else row
+        rows = {"class": row} if model["conditioner"] else {}
+        values["model"] = {**kept, "conditions": {**rows, **kept.get("conditions", {})}}
     return values
 
 

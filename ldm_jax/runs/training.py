@@ -10,7 +10,7 @@ from clu import parameter_overview
 
 from ldm_jax.data import stream
 from ldm_jax.data.order import Order
-from ldm_jax.runs.settings import Run, loop_config
+from ldm_jax.runs.settings import Run
 from ldm_jax.sharding import process_slice
 from ldm_jax.train import hooks as hooks_lib
 from ldm_jax.train import loop
@@ -61,7 +61,7 @@ def fit(
         frozen or {}, jax.tree.map(lambda s: s.sharding, trainer.abstract_frozen)
     )
     return loop.train(
-        loop_config(run),
+        run,
         trainer,
         frozen,
         batches,

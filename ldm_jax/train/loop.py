@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, within
 from ldm_jax.sharding import put_batch
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.hooks import Hook
@@ -28,9 +28,9 @@ from ldm_jax.train.step import Trainer
 class LoopConfig:
     """How long a run goes and how often it writes; a resumed run may change all of these."""
 
-    num_steps: int
-    log_every: int
-    checkpoint_every: int
+    num_steps: int = 1000
+    log_every: int = 50
+    checkpoint_every: int = 1000
     keep_checkpoints: int = 2  # newest ones
     keep_every: int = 0  # and every multiple of this; 0 = none
     eval_every: int = 0  # steps between evaluations, and one at the end; 0 = none
@@ -38,20 +38,15 @@ class LoopConfig:
     max_bad_steps: int = 0  # in a row, of a loss or gradient that is not finite; skipped till then
 
     def __post_init__(self):
-        if self.eval_every < 0:
-            raise InputError(f"eval_every {self.eval_every} must be at least 0, which is never")
+        within("eval_every", self.eval_every, "[0, inf)", "0 is never")
         if self.keep_best and not self.eval_every:
             raise InputError(
                 f"keep_best {self.keep_best!r} is a figure of evaluations, and eval_every is 0; "
                 "set --config.eval_every"
             )
-        if self.max_bad_steps < 0:
-            raise InputError(
-                f"max_bad_steps {self.max_bad_steps} must be at least 0, which stops at the first"
-            )
+        within("max_bad_steps", self.max_bad_steps, "[0, inf)", "0 stops at the first")
         for field in ("num_steps", "log_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} {getattr(self, field)} must be at least 1")
+            within(field, getattr(self, field), "[1, inf)")
 
 
 GREATER_IS_BETTER = ("psnr", "ssim", "is", "precision", "recall", "density", "coverage")
