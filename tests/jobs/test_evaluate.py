@@ -11,6 +11,7 @@ import pytest
 from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
 from ldm_jax.eval import frechet
+from ldm_jax.eval import judge as judge_lib
 from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.interop import pretrained
@@ -113,7 +114,7 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_measured(workdir, m
             evaluate.run(
                 workdir, evaluate.EvaluateOptions(**options), SampleOptions(**change), RANDOM
             )
-    monkeypatch.setattr(judge, "read_weights", pretrained.read)
+    monkeypatch.setattr(judge_lib, "read_weights", pretrained.read)
     monkeypatch.setenv("XDG_CACHE_HOME", str(workdir))
     with pytest.raises(
         InputError, match=r"vgg16.safetensors is missing; `ldm weights vgg16` makes"

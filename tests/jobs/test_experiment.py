@@ -86,8 +86,8 @@ def trained(monkeypatch):
         return {"psnr_db": float(len(runs)), "ssim": 0.5, "sharpness": 1.0, "step": 6.0}
 
     monkeypatch.setattr(train_autoencoder, "run", train)
-    monkeypatch.setattr(evaluate, "find_lpips", lambda loss: None)
-    monkeypatch.setattr(evaluate, "reconstruction_figures", figures)
+    monkeypatch.setattr(experiment, "find_lpips", lambda loss: None)
+    monkeypatch.setattr(experiment, "reconstruction_figures", figures)
     return runs
 
 
@@ -198,8 +198,8 @@ def test_an_arm_may_have_its_own_first_stage_and_a_network_may_judge(
     assert all(len(of_row) == 1 for of_row in figures)
     # Both arms are one run here: the figure's name says how it was sampled, not by which arm.
     assert figures[0] == figures[1]
-    way, judge = SampleOptions(steps=2, num=12), evaluate.Asked(JudgeOptions(**FEW))
-    assert evaluate.image_figures(tmp_path / "six-seed3", way, judge) == figures[0]
+    way, judge = SampleOptions(steps=2, num=12), JudgeOptions(**FEW)
+    assert evaluate.denoiser(tmp_path / "six-seed3", way, judge) == figures[0]
     table = (tmp_path / "results.md").read_text().splitlines()
     assert table[0] == "| sampler | steps | arm | seeds | frechet12-custom |"
     assert [line[:20] for line in table[2:]] == ["| ddim | 2 | six | 1", "| ddim | 2 | three |"]

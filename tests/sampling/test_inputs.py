@@ -72,7 +72,7 @@ def test_editing_starts_from_the_noised_latents_of_image_i(
     grid = make_grid(make_process(model.run.process), 4, "trailing")
     keys = example_keys(key_for(3, "initial_noise"), jnp.arange(4))
     noise = normal_like(keys, jnp.zeros((4, 8, 8, 3)))
-    z0 = model.whitening.whiten(encode(None, None, autoencoder.to_unit(images[[0, 1, 2, 0]])))
+    z0 = model.codec.whitening.whiten(encode(None, None, autoencoder.to_unit(images[[0, 1, 2, 0]])))
     want = grid.alpha[start] * np.asarray(z0) + grid.sigma[start] * np.asarray(noise)
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -97,7 +97,7 @@ def test_the_sampler_is_given_latents_that_touch_no_white(model, images, files, 
     numbers = numbers_of(settings, make_process(model.run.process))
     got = program(weights_of(model), numbers, rows)[1][:, 0]
     white = rows["mask"].reshape(3, 8, 2, 8, 2).max((2, 4))
-    z0 = np.asarray(model.whitening.whiten(encode(None, None, autoencoder.to_unit(images))))
+    z0 = np.asarray(model.codec.whitening.whiten(encode(None, None, autoencoder.to_unit(images))))
     np.testing.assert_allclose(got, np.where(white[..., None], 0, z0), atol=1e-5)
 
 

@@ -23,6 +23,7 @@ from ldm_jax.train import adversarial, ema, optim
 from ldm_jax.train.step import (
     Seen,
     Training,
+    Turn,
     draw_keys,
     make_trainer,
     micro_batches,
@@ -167,12 +168,15 @@ def scaled(trained, extra, frozen, batch, step):
     return batch["x"].mean() * value, Seen({}, {"x": batch["x"]})
 
 
-def twice(state, new, seen):
-    """Doubles the parameters, keeps the batch's first row, and judges it."""
-    params = jax.tree.map(lambda x: 2 * x, new.params)
+def keep_first(state, seen):
+    """Keeps the batch's first row, and judges it."""
     first = seen.arrays["x"][0]
-    extra = {**new.extra, "kept": new.extra["kept"] + first}
-    return new._replace(params=params, extra=extra, judged=[*new.judged, first])
+    return Turn({"kept": state.extra["kept"] + first}, {"first": first}, [first])
+
+
+def twice(state, params, extra, seen):
+    """Doubles the parameters."""
+    return jax.tree.map(lambda x: 2 * x, params), extra
 
 
 def test_what_follows_the_update_comes_before_the_averages_and_is_judged():
@@ -187,6 +191,7 @@ def test_what_follows_the_update_comes_before_the_averages_and_is_judged():
         init_extra=lambda params: {"beside": jnp.ones(3), "kept": jnp.zeros(())},
         extra_axes={"beside": (None,), "kept": ()},
         trained_extra=("beside",),
+        take_turn=keep_first,
         after_update=twice,
         frozen={"scale": leaf()},
         frozen_axes={"scale": ()},
@@ -205,6 +210,7 @@ def test_what_follows_the_update_comes_before_the_averages_and_is_judged():
     np.testing.assert_allclose(state.averages["ema"]["w"], (1 + 1.75) / 2 * START, rtol=1e-6)
     np.testing.assert_allclose(state.extra["beside"], np.full(3, 0.5), rtol=1e-6)
     assert state.extra["kept"] == 0.25 and state.averages["ema"].keys() == {"w"}
+    assert metrics["first"] == 0.25
     assert metrics["skipped"] == 0 and not frozen["scale"].is_deleted()
     before = jax.device_get(state)
     state, metrics = step(state, np.inf)
