@@ -1,6 +1,7 @@
 """Each layer against numpy in f64, written from its formula and not from our code."""
 
 import math
+from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -29,7 +30,9 @@ from ldm_jax.sharding import (
     batch_sharding,
     make_mesh,
     param_shardings,
+    platform,
     replicated,
+    use_mesh,
 )
 
 
@@ -394,6 +397,18 @@ def test_bfloat16_is_the_type_of_products_and_f32_that_of_parameters(module):
     exact = apply(module.clone(dtype=jnp.float32), params, x)
     np.testing.assert_allclose(np.asarray(y, np.float32), exact, atol=0.05)
     assert not np.array_equal(np.asarray(y, np.float32), exact)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("cpu", "float32"), ("gpu", "bfloat16"), ("tpu", "bfloat16")]
+)
+def test_auto_dtype_is_that_of_the_meshs_platform_wherever_it_is_compiled(kind, dtype):
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform=kind)]))
+    with use_mesh(mesh):
+        assert platform() == kind
+        assert resolve_dtype("auto") == dtype
+        assert resolve_dtype("float32") == "float32"
+    assert resolve_dtype("auto") == "float32"  # the host's own, where no mesh is in use
 
 
 def test_compute_dtype_names():
