@@ -6,6 +6,8 @@ import typing
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+from ldm_jax.errors import within
+
 
 class Group(NamedTuple):
     """Flags that `--help` shows together, under a title and a text."""
@@ -22,13 +24,17 @@ def option(
     group: Group | None = None,
     choices: Sequence[str] | None = None,
     syntax: str = "",
+    interval: str = "",
+    remedy: str = "",
 ) -> Any:
     """A field of a dataclass that is a flag too, named after it.
 
     `syntax` completes "VALUE must be ..." for tuples of numbers: what they are, and an example.
+    `interval` and `remedy` are `errors.within`'s for `check_intervals`; the default need not lie
+    there, where it stands for another.
     """
     shown = {"help": help, "metavar": metavar, "choices": choices}
-    metadata = {"flag": shown, "group": group, "syntax": syntax}
+    metadata = {"flag": shown, "group": group, "syntax": syntax, "within": (interval, remedy)}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -58,6 +64,15 @@ def read_flags(cls: type, arguments: argparse.Namespace, but: Collection[str] = 
     """The dataclass `cls` of what `add_flags`, with the same `but`, has added flags for."""
     names = {f.name for f in dataclasses.fields(cls)} - set(but)
     return cls(**{name: value for name, value in vars(arguments).items() if name in names})
+
+
+def check_intervals(options: Any) -> None:
+    """Raises InputError for an `option` of this dataclass outside its interval."""
+    for field in dataclasses.fields(options):
+        interval, remedy = field.metadata.get("within", ("", ""))
+        value = getattr(options, field.name)
+        if interval and value != field.default:
+            within(field.name.replace("_", "-"), value, interval, remedy)
 
 
 def _reader(field: dataclasses.Field) -> Callable[[str], Any]:

@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 
-from ldm_jax.options import Group, add_flags, option, read_flags
+from ldm_jax.errors import InputError
+from ldm_jax.options import Group, add_flags, check_intervals, option, read_flags
 
 SIZES = Group("sizes", "In pixels.")
 
@@ -67,3 +68,15 @@ def test_help_shows_groups_with_their_texts():
     text = " ".join(parser.format_help().split())
     assert "--kind {a,b} of two sizes: In pixels. --sides SIDES of images --names NAMES" in text
     assert "--num-steps N steps to take" in text and "--mirrored, --no-mirrored" in text
+
+
+def test_a_number_outside_its_interval_is_refused_unless_it_is_the_default():
+    @dataclasses.dataclass(frozen=True)
+    class Noise:
+        share_kept: float = option(-1, "", interval="[0, 1]", remedy="leave it out for all")
+
+    check_intervals(Noise())
+    check_intervals(Noise(1.0))
+    for wrong in (-0.5, 1.5, float("nan")):
+        with pytest.raises(InputError, match=rf"^share-kept {wrong} .*\[0, 1\]; leave it out"):
+            check_intervals(Noise(wrong))

@@ -3,8 +3,8 @@
 import dataclasses
 
 from ldm_jax.diffusion import samplers
-from ldm_jax.errors import InputError, choose, within
-from ldm_jax.options import Group, option
+from ldm_jax.errors import InputError, choose
+from ldm_jax.options import Group, check_intervals, option
 from ldm_jax.runs.denoiser import WhichWeights
 
 SAMPLES = Group("which samples")
@@ -33,11 +33,13 @@ GUIDANCE_CHANGES = (
 class SampleOptions:
     """What to draw. Sample i depends on (seed, i) and these alone, not on batch size or mesh."""
 
-    num: int = option(16, "images to draw (default: 16)", metavar="N")
+    num: int = option(16, "images to draw (default: 16)", metavar="N", interval="[1, inf)")
     progressive: int = option(
         0,
         "writes OUT-progress.png: each sample a row, the image predicted every K steps",
         metavar="K",
+        interval="[0, inf)",
+        remedy="a number of steps; 0 shows none",
     )
 
     classes: tuple[int, ...] = option(
@@ -47,7 +49,7 @@ class SampleOptions:
         group=SAMPLES,
         syntax="class numbers separated by commas, as 0,3,7",
     )
-    seed: int = option(0, "of all draws (default: 0)", group=SAMPLES)
+    seed: int = option(0, "of all draws (default: 0)", group=SAMPLES, interval=f"[0, {2**32 - 1}]")
     noise: str = option(
         "", "initial noise f32 [N,H,W,C] of latents", metavar="FILE.npy", group=SAMPLES
     )
@@ -71,9 +73,21 @@ class SampleOptions:
         metavar="NAME[:NUMBER]",
         group=SAMPLER,
     )
-    eta: float = option(-1.0, "sampler's noise, 0..1 (default: its own)", group=SAMPLER)
+    # A number that is named as a keyword of some samplers is theirs: see `sampler_options`.
+    eta: float = option(
+        -1.0,
+        "sampler's noise, 0..1 (default: its own)",
+        group=SAMPLER,
+        interval="[0, 1]",
+        remedy="leave it out for the sampler's own",
+    )
     temperature: float = option(
-        1.0, "multiplies the noise of the steps", metavar="FACTOR", group=SAMPLER
+        1.0,
+        "multiplies the noise of the steps",
+        metavar="FACTOR",
+        group=SAMPLER,
+        interval="[0, inf)",
+        remedy="1 is plain",
     )
     churn: tuple[float, ...] = option(
         (),
@@ -82,18 +96,29 @@ class SampleOptions:
         group=SAMPLER,
         syntax="one, three or four numbers separated by commas, as 40,0.05,50,1.003",
     )
-    order: int = option(0, "of sampler unipc (default: 2)", metavar="1..3", group=SAMPLER)
+    order: int = option(
+        0,
+        "of sampler unipc (default: 2)",
+        metavar="1..3",
+        group=SAMPLER,
+        interval="[0, 3]",
+        remedy="0 is the sampler's own",
+    )
     clip_x0: float = option(  # 0 = anywhere
         0.0,
         "keeps predicted latents, of deviation 1, within -VALUE..VALUE",
         metavar="VALUE",
         group=SAMPLER,
+        interval="[0, inf)",
+        remedy="1 for pixels, about 4 for latents, whose deviation is 1",
     )
     threshold_x0: float = option(  # 0 = none
         0.0,
         "shrinks predicted latents until this quantile of their size is at --clip-x0",
         metavar="QUANTILE",
         group=SAMPLER,
+        interval="[0, 1]",
+        remedy="a quantile, as 0.995",
     )
 
     guidance: float = option(
@@ -101,6 +126,8 @@ class SampleOptions:
         "1 = conditional model only, >1 extrapolates (default: 1)",
         metavar="SCALE",
         group=GUIDANCE,
+        interval="[0, inf)",
+        remedy="1 is the plain model",
     )
     guidance_interval: tuple[float, ...] = option(
         (0.0, 1.0),
@@ -114,6 +141,8 @@ class SampleOptions:
         "0..1: how far to go back to the unguided prediction's deviation",
         metavar="PHI",
         group=GUIDANCE,
+        interval="[0, 1]",
+        remedy="0 = none, 0.7 is usual",
     )
     guidance_projection: tuple[float, ...] = option(
         (),
@@ -149,6 +178,8 @@ class SampleOptions:
         1.0,
         "share of the steps taken from the noised image; 1 = all, from noise (default: 1)",
         group=IMAGES,
+        interval="(0, 1]",
+        remedy="1 takes every step, from noise",
     )
     masks: str = option(
         "",
@@ -186,18 +217,9 @@ class SampleOptions:
 
 def check_values(options: SampleOptions) -> None:
     """Raises InputError for what no model can do."""
+    check_intervals(options)
     sampler_options(options)
-    within("seed", options.seed, f"[0, {2**32 - 1}]")
-    within("num", options.num, "[1, inf)")
-    within("progressive", options.progressive, "[0, inf)", "a number of steps; 0 shows none")
     _check_guidance(options)
-    within(
-        "clip-x0",
-        options.clip_x0,
-        "[0, inf)",
-        "1 for pixels, about 4 for latents, whose deviation is 1",
-    )
-    within("threshold-x0", options.threshold_x0, "[0, 1]", "a quantile, as 0.995")
     if options.threshold_x0 and not options.clip_x0:
         raise InputError(
             f"threshold-x0 {options.threshold_x0} shrinks that quantile to --clip-x0; give "
@@ -209,23 +231,20 @@ def check_values(options: SampleOptions) -> None:
 def sampler_options(options: SampleOptions) -> dict[str, float]:
     """What the sampler is called with beside its inputs; InputError for what it does not have."""
     choose("sampler", options.sampler, sorted(samplers.SAMPLERS))
-    if options.eta != -1:
-        within("eta", options.eta, "[0, 1]", "leave it out for the sampler's own")
-    within("temperature", options.temperature, "[0, inf)", "1 is plain")
-    within("order", options.order, "[0, 3]", "0 is the sampler's own")
     _check_churn(options.churn)
     if options.temperature != 1 and options.sampler == "ddim" and options.eta in (-1, 0):
         raise InputError(
             f"temperature {options.temperature} multiplies the noise of the steps, and sampler "
             "'ddim' draws none; give --eta=1 too, or leave it out"
         )
+    edm = ("churn", "churn_from", "churn_to", "inflation")
+    theirs = {name for sampler in samplers.SAMPLERS for name in samplers.options(sampler)}
     changed = {
-        name: getattr(options, name)
-        for name in ("eta", "temperature", "order")
-        if getattr(options, name) != getattr(SampleOptions, name)
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if field.name in theirs.difference(edm) and getattr(options, field.name) != field.default
     }
-    names = ("churn", "churn_from", "churn_to", "inflation")
-    changed |= dict(zip(names, options.churn, strict=False))
+    changed |= dict(zip(edm, options.churn, strict=False))
     for name, value in changed.items():
         if name not in samplers.options(options.sampler):
             having = [s for s in samplers.SAMPLERS if name in samplers.options(s)]
@@ -250,7 +269,6 @@ def _check_churn(churn: tuple[float, ...]) -> None:
 
 
 def _check_guidance(options: SampleOptions) -> None:
-    within("guidance", options.guidance, "[0, inf)", "1 is the plain model")
     changed = [
         name.replace("_", "-")
         for name in GUIDANCE_CHANGES
@@ -269,7 +287,6 @@ def _check_guidance(options: SampleOptions) -> None:
             f"guidance-interval {_listed(times)} must be LOW,HIGH with 0 <= LOW < HIGH <= 1, where "
             "0 is data and 1 the noise end; 0.2,0.8 guides the middle"
         )
-    within("guidance-rescale", options.guidance_rescale, "[0, 1]", "0 = none, 0.7 is usual")
     projection = options.guidance_projection
     if projection and not (
         len(projection) <= 2 and 0 <= projection[0] <= 1 and all(n > 0 for n in projection[1:])
@@ -281,7 +298,6 @@ def _check_guidance(options: SampleOptions) -> None:
 
 
 def _check_images(options: SampleOptions) -> None:
-    within("strength", options.strength, "(0, 1]", "1 takes every step, from noise")
     if not options.init_images:
         for name in ("masks", "strength"):
             if getattr(options, name) != getattr(SampleOptions, name):
