@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ldm_jax import files
@@ -27,6 +26,7 @@ from ldm_jax.eval.image_sets import ImageStream, open_set
 from ldm_jax.eval.judge import Judge, JudgeOptions, find_preset, open_judge
 from ldm_jax.eval.metrics import METRICS, Measured, Target, choose_metrics, smallest_part, taps
 from ldm_jax.eval.protocol import Protocol, append
+from ldm_jax.sharding import wait_for_all
 
 
 class Reference(NamedTuple):
@@ -275,7 +275,6 @@ def _source_name(images: ImageStream) -> str:
 
 def _remove(folder: Path) -> None:
     """Takes a folder of features away, when no process needs them any more."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"remove {folder}")
+    wait_for_all(f"remove {folder}")
     if jax.process_index() == 0:
         shutil.rmtree(folder)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from ldm_jax.data import images
@@ -17,7 +16,7 @@ from ldm_jax.data.records.manifest import Manifest, Shard, Spec
 from ldm_jax.errors import InputError
 from ldm_jax.options import option
 from ldm_jax.runs.first_stage import Encode, FirstStage, compile_encoder, load_first_stage
-from ldm_jax.sharding import MeshConfig, check_batch, make_mesh
+from ldm_jax.sharding import MeshConfig, check_batch, make_mesh, wait_for_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +63,11 @@ def run(workdir: Path, settings: CacheOptions, out: Path | None = None) -> dict[
     for split, source in sources.items():
         spec = make_spec(first_stage, source, split, settings)
         todo = writer.begin(out / split, spec)[jax.process_index() :: jax.process_count()]
-        _barrier(f"latents-begin-{split}")
+        wait_for_all(f"latents-begin-{split}")
         for shard in todo:
             batches = _encoded(encode, source, shard, settings.batch_size)
             writer.write_shard(out / split, spec, shard, batches)
-        _barrier(f"latents-end-{split}")
+        wait_for_all(f"latents-end-{split}")
         if jax.process_index() == 0:
             manifests[split] = writer.finish(out / split, spec)
     return manifests
@@ -115,8 +114,3 @@ def _encoded(
             moments = encode(batch.pop("image"))
             bar.update(len(indices))
             yield {**batch, **moments, "index": indices}
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
