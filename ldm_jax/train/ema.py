@@ -106,13 +106,11 @@ def _decays(config: EmaConfig) -> tuple[float, ...]:
 WIDEST = 12**-0.5  # gamma 0: the plain mean of all steps
 
 
-def width_of(gamma: float) -> float:
-    """sigma_rel, the standard deviation of the profile as a share of t (EDM2, eq. 10)."""
-    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
-
-
 def gamma_of(width: float) -> float:
-    """The exponent of a profile of width sigma_rel in (0, WIDEST]; InputError outside of it."""
+    """The exponent of a profile of width sigma_rel in (0, WIDEST]; InputError outside of it.
+
+    sigma_rel is the standard deviation of the profile as a share of t (EDM2, eq. 10).
+    """
     if not 0 < width <= WIDEST + 1e-12:
         raise InputError(
             f"ema width {width} must be in (0, {WIDEST:.4f}]: it is a share of the training, 0.05 "

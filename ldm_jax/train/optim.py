@@ -185,7 +185,7 @@ def _adafactor(
 ) -> optax.GradientTransformation:
     """Absolute steps, so that AdamW's learning rate is about right; factored from 128 x 128 on."""
 
-    def decay(n: Any) -> Any:  # optax's own is not times the rate
+    def decay(n: Any) -> Any:  # optax's is not times the rate
         return config.weight_decay * rate(n)
 
     return optax.adafactor(
@@ -228,7 +228,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """optax.clip_by_global_norm, to which `update(..., norm=...)` may tell the norm.
+    """optax.clip_by_global_norm, to which `update(..., norm=...)` may give the norm.
 
     A step knows it already; taken once more it would be another kernel for every parameter.
     """

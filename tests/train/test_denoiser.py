@@ -28,9 +28,9 @@ def drawn(of, batch, step):
     """All that a step draws, before any network has it: z0, t, noise and the labels."""
     seen = {}
 
-    def record(network, process, z0, cond, t, noise, *rest):
+    def record(network, process, config, *, z0, noise, t, cond, **rest):
         seen.update(z=z0, t=t, noise=noise, label=cond["label"])
-        return jnp.zeros(len(z0))
+        return objective.Denoised(jnp.zeros(len(z0)), z0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective, "denoising_loss", record)
