@@ -60,7 +60,7 @@ class Evaluation:
 
 
 def prepare(
-    settings: JudgeOptions,
+    options: JudgeOptions,
     *,
     mesh: Mesh,
     folder: Path,
@@ -69,18 +69,18 @@ def prepare(
 ) -> Evaluation:
     """Loads and compiles what judges sets of `num` images; every process must call it.
 
-    The images of `reference` serve where the settings name none. Raises InputError before any image
+    The images of `reference` serve where the options name none. Raises InputError before any image
     is measured: for weights, references and numbers that do not do.
     """
-    preset = find_preset(settings)
-    against = _find_reference(settings, reference)
+    preset = find_preset(options)
+    against = _find_reference(options, reference)
     counts = {"what is judged": num}
     if against.images:
         counts["the reference"] = against.images.num
-    metrics = choose_metrics(settings.metrics, preset, against.offers, counts)
+    metrics = choose_metrics(options.metrics, preset, against.offers, counts)
     sums, kept = (taps(metrics, preset, sums=s) for s in (True, False))
-    judge = open_judge(settings, mesh, {**sums, **kept})
-    if not settings.allow_few:
+    judge = open_judge(options, mesh, {**sums, **kept})
+    if not options.allow_few:
         _check_enough(judge, metrics, num, against.num)
     if against.statistics:
         references.refuse_other_features(against.statistics, judge.protocol(num, "none", {}))
@@ -131,12 +131,12 @@ def evaluate(
     return named
 
 
-def write_statistics(settings: JudgeOptions, images: ImageStream, *, mesh: Mesh, out: Path) -> None:
+def write_statistics(options: JudgeOptions, images: ImageStream, *, mesh: Mesh, out: Path) -> None:
     """Writes statistics of images as `out`, for all the Fréchet distances that a preset has."""
-    preset = find_preset(settings)
+    preset = find_preset(options)
     sums = taps([n for n in ("fid", "sfid") if METRICS[n].tap(preset)], preset, sums=True)
-    judge = open_judge(settings, mesh, sums)
-    if not settings.allow_few:
+    judge = open_judge(options, mesh, sums)
+    if not options.allow_few:
         for tap in sums:
             references.check_enough(images.num, judge.taps[tap], images.name)
     protocol = judge.protocol(images.num, "none", {"images": images.digest})
@@ -147,10 +147,10 @@ def write_statistics(settings: JudgeOptions, images: ImageStream, *, mesh: Mesh,
     _remove(folder)
 
 
-def _find_reference(settings: JudgeOptions, images: ImageStream | None) -> Reference:
-    if settings.reference:
-        return _open_reference(settings.reference, settings.allow_few)
-    alone = settings.metrics and not any(METRICS[name].reference for name in settings.metrics)
+def _find_reference(options: JudgeOptions, images: ImageStream | None) -> Reference:
+    if options.reference:
+        return _open_reference(options.reference, options.allow_few)
+    alone = options.metrics and not any(METRICS[name].reference for name in options.metrics)
     if images is None and not alone:
         raise InputError("there is nothing to compare with; name it with --reference")
     return Reference(None, images)

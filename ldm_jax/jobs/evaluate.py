@@ -235,10 +235,10 @@ def _refuse_sampling(
                 )
 
 
-def _note(workdir: Path, job: str, settings: dict[str, Any], figures: Figures) -> None:
+def _note(workdir: Path, job: str, options: dict[str, Any], figures: Figures) -> None:
     """A line of figures that stand outside of any protocol."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = {"job": job, "time": now, "settings": settings, "figures": figures}
+    line = {"job": job, "time": now, "settings": options, "figures": figures}
     if jax.process_index() == 0:
         with (Path(workdir) / RESULTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose
 from ldm_jax.models import latents, quantizer
 from ldm_jax.models.layers import (
     Conv,
@@ -56,8 +56,7 @@ class AutoencoderConfig:
     compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on the CPU
 
     def __post_init__(self):
-        if self.latent not in LATENTS:
-            raise InputError(f"latent {self.latent!r} is unknown; choose one of {LATENTS}")
+        choose("latent", self.latent, LATENTS)
         if self.latent == "identity":
             if (len(self.width_multipliers), self.latent_channels) != (1, self.image_channels):
                 raise InputError(

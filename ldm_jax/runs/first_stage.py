@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_jax.errors import InputError
 from ldm_jax.files import digest_of
 from ldm_jax.models import autoencoder
 from ldm_jax.runs.config_files import build
@@ -50,20 +49,14 @@ def load_first_stage(
     Those of the checkpoint `step`, -1 = the newest: "ema", "params", or "auto", the average when
     there is one.
     """
-    record = read_run(Path(workdir))
-    if record["job"] != "train-autoencoder":
-        raise InputError(
-            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of "
-            "`ldm train-autoencoder`"
-        )
-    run = build(AutoencoderRun, record["config"])
+    run = build(AutoencoderRun, read_run(workdir, "train-autoencoder")["config"])
     if run.model.latent == "identity":
         params = {"encoder": {}, "decoder": {}}
         return FirstStage(run, params, 0, tree_hash(params["encoder"]))
     axes = autoencoder.axes(run.model)
     like = abstract_params(lambda key: autoencoder.init(run.model, key), axes, mesh)
-    which = weights if weights != "auto" else "ema" if run.ema.decay else "params"
-    found = load_weights(Path(workdir), like, which=which, step=None if step == -1 else step)
+    which, at = run.weights_named(weights), None if step == -1 else step
+    found = load_weights(Path(workdir), like, which=which, step=at)
     return FirstStage(run, found.params, found.step, tree_hash(found.params["encoder"]))
 
 

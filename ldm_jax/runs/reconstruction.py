@@ -223,8 +223,7 @@ def prepare_judged(
     def read(indices: np.ndarray) -> np.ndarray:
         return over_local_rows(forward, source(indices), mesh, size)
 
-    which = "ema" if first_stage.run.ema.decay else "params"
-    which = which if weights == "auto" else weights
+    which = first_stage.run.weights_named(weights)
     digest = f"{originals.digest} by {tree_hash(first_stage.params)[:16]}"
     rebuilt = ImageStream(originals.num, lambda rows: read, "the reconstructions", digest, rows)
 

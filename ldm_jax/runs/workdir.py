@@ -81,8 +81,8 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def read_run(workdir: Path) -> dict[str, Any]:
-    """run.json of a workdir; raises InputError where there is none."""
+def read_run(workdir: str | Path, job: str = "") -> dict[str, Any]:
+    """run.json of a workdir; raises InputError where there is none, or one of another `job`."""
     path = Path(workdir) / "run.json"
     if not path.is_file():
         raise InputError(
@@ -98,6 +98,10 @@ def read_run(workdir: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is damaged ({type(error).__name__}); put back a copy, or use a new workdir"
         ) from error
+    if job and record["job"] != job:
+        raise InputError(
+            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of `ldm {job}`"
+        )
     return record
 
 

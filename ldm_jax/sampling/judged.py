@@ -148,7 +148,7 @@ def hook(
         run=config,
         params={},
         step=0,
-        which="ema" if config.ema.decay else "params",
+        which=config.weights_named("auto"),
         first_stage=first_stage,
         codec=codec,
         latent_shape=first_stage.config.latent_shape,

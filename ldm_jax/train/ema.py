@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, within
 
 MAIN = "ema"
 POWER = "ema-power-"  # before the width, in the names of power-function averages
@@ -27,13 +27,12 @@ POWER = "ema-power-"  # before the width, in the names of power-function average
 class EmaConfig:
     decay: float = 0.9999  # 0 = keep no average
     warmup: bool = True  # decay at most (1 + n) / (10 + n) at update n = 1, 2, ...
-    more: tuple[float, ...] = ()  # further decays, each an average of its own
+    more: tuple[float, ...] = ()  # further decays, an average for each
     power: tuple[float, ...] = ()  # widths of power-function averages, as (0.05, 0.1)
     snapshot_every: int = 0  # steps between snapshots of those, for `ldm ema`; 0 = none
 
     def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise InputError(f"ema decay {self.decay} must be in [0, 1); 0 keeps no average")
+        within("ema decay", self.decay, "[0, 1)", "0 keeps no average")
         for decay in self.more:
             if not 0 < decay < 1:
                 raise InputError(f"ema more {self.more}: {decay} must be in (0, 1)")

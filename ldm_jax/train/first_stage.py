@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldm_jax.errors import InputError, choose
+from ldm_jax.errors import choose, within
 from ldm_jax.keys import key_for
 from ldm_jax.models import autoencoder, latents, quantizer
 from ldm_jax.models.frozen import lpips
@@ -56,9 +56,8 @@ class AutoencoderLoss:
         choose("loss reduction", self.reduction, ("sum", "mean"))
         choose("pixel loss", self.pixel, sorted(PIXEL_LOSSES))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_weight") and not 0 <= value < float("inf"):
-                raise InputError(f"loss {field.name} {value} must be finite and not negative")
+            if field.name.endswith("_weight"):
+                within(f"loss {field.name}", getattr(self, field.name), "[0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +206,9 @@ def autoencoder_loss(
     metrics = {"reconstruction": value, **parts, **metrics}
     if adversary is not None:
         last = jax.lax.stop_gradient((params["decoder"]["conv_out"], features))
-        terms = _adversarial_terms(recipe, adversary, fixed, cotangent, *last, step)
+        terms = _adversarial_terms(
+            recipe, adversary, fixed, cotangent=cotangent, last=last, step=step
+        )
         value += terms["adversarial_weight"] * terms["generator"]
         cotangent += terms["adversarial_weight"] * terms.pop("gradient")
         metrics |= terms
@@ -234,9 +235,12 @@ def _regularise(recipe, params, moments, z, elements):
     return z_decoded, scale * loss.codebook_weight * q_loss, {"codebook": q_loss, **use}, codes
 
 
-def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features, step):
-    """The generator's loss, its weight, its gradient by the image; zeros before its start."""
-    config = recipe.adversarial
+def _adversarial_terms(recipe, adversary, x_hat, *, cotangent, last, step):
+    """The generator's loss, its weight, its gradient by the image; zeros before its start.
+
+    `last` are the parameters of the decoder's last layer and the features that it sees.
+    """
+    config, (layer, features) = recipe.adversarial, last
 
     def turn():
         # Whoever sees the discriminator first sets its act norms, and by the same images.
@@ -250,10 +254,10 @@ def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features
         if config.adaptive:
 
             def image(kernel):
-                decoder = {"conv_out": {**last_layer, "kernel": kernel}}
+                decoder = {"conv_out": {**layer, "kernel": kernel}}
                 return autoencoder.to_image(recipe.model, {"decoder": decoder}, features)
 
-            pullback = jax.vjp(image, last_layer["kernel"])[1]
+            pullback = jax.vjp(image, layer["kernel"])[1]
             by_kernel = pullback(cotangent)[0], pullback(gradient)[0]
             weight *= adversarial.adaptive_weight(*by_kernel, config.max_adaptive_weight)
         return {"generator": value, "adversarial_weight": weight, "gradient": gradient}
