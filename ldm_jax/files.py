@@ -77,6 +77,11 @@ def read_json(path: Path, remedy: str = "put back a copy, or delete it") -> Any:
         raise InputError(f"{path} is damaged ({error}); {remedy}") from error
 
 
+def absolute(path: str) -> str:
+    """The same place whatever the current folder; addresses, and "", stay as they are."""
+    return path if not path or "://" in path else str(Path(path).absolute())
+
+
 def sha256(path: str | os.PathLike) -> str:
     """Hex digest of a file; InputError where it cannot be read."""
     with _errors(path, "cannot be read"), open(path, "rb") as file:

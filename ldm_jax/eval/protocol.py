@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm_jax.errors import InputError, choose, within
 from ldm_jax.files import digest
+from ldm_jax.interop.names import flatten
 
 LABELS = ("balanced", "random", "none")  # "none": no model was asked for classes
 
@@ -140,7 +141,7 @@ def difference(have: Any, want: Protocol) -> str:
     """The first field where a protocol's JSON differs from `want`, in words; "" where none does."""
     if not isinstance(have, dict):
         return "it names no protocol"
-    have, wanted = _flat(have), _flat(want.to_json())
+    have, wanted = flatten(have, "."), flatten(want.to_json(), ".")
     for name in sorted({*have, *wanted}):
         if have.get(name) != wanted.get(name):
             return f"{name} is {have.get(name)!r} there but {wanted.get(name)!r} here"
@@ -198,13 +199,3 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, str | bool | int):
         return value
     raise InputError(f"{name} {value!r} must be text, a finite number, a truth value or a list")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = value
-    return out

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ldm_jax.data.images import open_images
 from ldm_jax.data.order import Order
 from ldm_jax.errors import InputError
+from ldm_jax.files import absolute
 from ldm_jax.interop import pretrained
 from ldm_jax.models import autoencoder
 from ldm_jax.runs.build import build
@@ -88,13 +89,9 @@ def run(
 
 def absolute_paths(config: AutoencoderRun) -> AutoencoderRun:
     """The same with places that hold from any folder."""
-    file = _absolute(config.loss.perceptual_file)
+    file = absolute(config.loss.perceptual_file)
     loss = dataclasses.replace(config.loss, perceptual_file=file)
-    return dataclasses.replace(config, init_from=_absolute(config.init_from), loss=loss)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).absolute()) if path else path
+    return dataclasses.replace(config, init_from=absolute(config.init_from), loss=loss)
 
 
 def initial_weights(config: AutoencoderRun, mesh: Mesh) -> Any:

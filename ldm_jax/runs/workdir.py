@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
 from ldm_jax.files import read_json, write_json
+from ldm_jax.interop.names import flatten
 from ldm_jax.runs.config_files import build, to_json
 
 PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -163,7 +164,7 @@ def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) 
             "another workdir"
         )
     for part in ("config", "data"):
-        old, new = _flatten(previous[part]), _flatten(record[part])
+        old, new = flatten(previous[part], "."), flatten(record[part], ".")
         different = [
             f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} now"
             for key in sorted(old.keys() | new.keys())
@@ -183,12 +184,3 @@ def _is_free(key: str, config: dict[str, Any]) -> bool:
     if key == "num_steps":
         return config.get("optim.schedule") != "cosine"
     return key.split(".")[0] in FREE_FIELDS
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat
