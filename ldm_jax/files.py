@@ -5,6 +5,7 @@ Of another's `.npz` nothing is run and nothing is allocated on trust.
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -62,6 +63,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
     """Writes `content` as JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=indent) + "\n")
+
+
+def append_json(path: str | os.PathLike, content: Any) -> None:
+    """Adds a line to a file of JSON lines; it is on disk when this returns. Folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def utc_now() -> str:
+    """As records have it, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ protocol is part of each figure's name.
 """
 
 import dataclasses
-import datetime
 import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -125,8 +124,8 @@ def evaluate(
         figures |= metric.figures(preset, metric.tap(preset), measured, target)
     named = {protocol.metric_name(prefix + name): value for name, value in figures.items()}
     if jax.process_index() == 0:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        append(results, protocol, named, time=now, images=images.digest, **record)
+        when = files.utc_now()
+        append(results, protocol, named, time=when, images=images.digest, **record)
     _remove(folder)
     return named
 

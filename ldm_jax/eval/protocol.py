@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.errors import InputError, choose, within
-from ldm_jax.files import digest
+from ldm_jax.files import append_json, digest
 from ldm_jax.interop.names import flatten
 
 LABELS = ("balanced", "random", "none")  # "none": no model was asked for classes
@@ -165,12 +165,7 @@ def append(
                 f"{path} line {number} has {shared[0]} by another protocol ({reason}); write to "
                 "another file, or evaluate as it did"
             )
-    line = {**record, "protocol": protocol.to_json(), "figures": dict(figures)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_json(path, {**record, "protocol": protocol.to_json(), "figures": dict(figures)})
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -113,8 +113,7 @@ def architecture(model: autoencoder.AutoencoderConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(model)
     for name in ("resolution", "compute_dtype", "attention_resolutions", "quantizer"):
         fields.pop(name)
-    sides = [model.resolution // 2**i for i in range(len(model.width_multipliers))]
-    fields["levels that attend"] = [side in model.attention_resolutions for side in sides]
+    fields["levels that attend"] = model.attends
     if model.latent == "vq":
         fields["codebook_size"] = model.quantizer.codebook_size
     return fields

@@ -1,6 +1,5 @@
 """The run directory: `run.json` says what ran, and a second start is held against it."""
 
-import datetime
 import importlib.metadata
 import json
 import subprocess
@@ -12,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
-from ldm_jax.files import read_json, write_json
+from ldm_jax.files import read_json, utc_now, write_json
 from ldm_jax.interop.names import flatten
 from ldm_jax.runs.config_files import build, to_json
 
@@ -61,7 +60,7 @@ def describe(job: str, config: dict[str, Any], mesh: Mesh, data: dict[str, Any])
         "config": config,
         "data": data,
         "command": sys.argv,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": utc_now(),
         "git": git_state(Path(__file__).parent),
         "python": sys.version.split()[0],
         "packages": {p: _version(p) for p in PACKAGES},
