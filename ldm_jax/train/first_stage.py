@@ -104,10 +104,7 @@ def training_loss(recipe: Recipe) -> Loss:
         trained: Any, extra: dict[str, Any], frozen: Any, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Seen]:
         adversary = extra["discriminator"]["params"] if "discriminator" in extra else None
-        perceptual = frozen.get("lpips")
-        value, seen = autoencoder_loss(recipe, trained, batch, step, adversary, perceptual)
-        metrics = seen.pop("metrics")
-        return value, Seen(metrics, seen)
+        return autoencoder_loss(recipe, trained, batch, step, adversary, frozen.get("lpips"))
 
     return compute
 
@@ -177,8 +174,8 @@ def reconstruction_loss(
 
 def autoencoder_loss(
     recipe: Recipe, params: Any, batch: Batch, step: jax.Array, adversary: Any, perceptual: Any
-) -> tuple[jax.Array, dict[str, Any]]:
-    """{"image": uint8 [B,H,W,3]} -> the autoencoder's loss, and {"metrics", "x", "x_hat", ...}.
+) -> tuple[jax.Array, Seen]:
+    """{"image": uint8 [B,H,W,3]} -> the autoencoder's loss, its metrics, arrays `x`, `x_hat`, ...
 
     `adversary` are the discriminator's parameters, None without one; `perceptual` those of LPIPS.
     The two gradients that the adaptive weight compares are taken once, with respect to the image,
@@ -216,7 +213,7 @@ def autoencoder_loss(
     if loss.equivariance_weight:
         metrics["equivariance"] = _equivariance(recipe, params, perceptual, x, z, step)
         total += loss.equivariance_weight * metrics["equivariance"]
-    return total, {"metrics": metrics, "x": x, "x_hat": fixed, **codes}
+    return total, Seen(metrics, {"x": x, "x_hat": fixed, **codes})
 
 
 def _regularise(recipe, params, moments, z, elements):
