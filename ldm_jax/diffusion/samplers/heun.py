@@ -19,7 +19,7 @@ def heun(
 
     Of dz = x0 d alpha + eps d sigma; for a discrete process of z / alpha, whose data is unscaled.
     """
-    starts = _Starts(grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1], np.zeros(grid.num_steps))
+    starts = _Starts(*grid.starts, np.zeros(grid.num_steps))
     return _walk(predict, grid, starts, z_T, cond, keys, **options)
 
 
@@ -108,5 +108,4 @@ def _walk(
         # On data itself there is no noise to predict.
         return jax.lax.cond(c["lands"], lambda: euler, corrected), x0, memory
 
-    places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
-    return loop.scan(body, places, z_T, keys, (), coefficients, **options)
+    return loop.scan(body, grid.starts, z_T, keys, (), coefficients, **options)

@@ -57,8 +57,7 @@ def walk(
             terms.append(temperature * c["of_noise"] * learned * noise)
         return jnp.asarray(sum(terms), z_t.dtype), x0, tuple(remembered)
 
-    places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
-    return loop.scan(body, places, z_T, keys, (past, past), vars(plan), **options)
+    return loop.scan(body, grid.starts, z_T, keys, (past, past), vars(plan), **options)
 
 
 def plan(

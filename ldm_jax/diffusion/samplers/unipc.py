@@ -46,8 +46,7 @@ def unipc(
         onward = c["of_z"] * z_t + combine(c["predict"])
         return onward, x0, (z_t, recent[:order])
 
-    places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
-    return loop.scan(body, places, z_T, keys, memory, coefficients, **options)
+    return loop.scan(body, grid.starts, z_T, keys, memory, coefficients, **options)
 
 
 def _coefficients(grid: Grid, order: int) -> dict[str, np.ndarray]:
