@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.diffusion import objective
-from ldm_jax.diffusion.objective import Objective
+from ldm_jax.diffusion.objective import Denoised, Objective
 from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.models import latents
@@ -28,9 +28,9 @@ def drawn(of, batch, step):
     """All that a step draws, before any network has it: z0, t, noise and the labels."""
     seen = {}
 
-    def record(network, process, config, *, z0, noise, t, cond, **rest):
+    def record(network, process, objective, *, z0, noise, t, cond, **rest):
         seen.update(z=z0, t=t, noise=noise, label=cond["label"])
-        return objective.Denoised(jnp.zeros(len(z0)), z0)
+        return Denoised(jnp.zeros(len(z0)), z0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective, "denoising_loss", record)
