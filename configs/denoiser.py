@@ -24,12 +24,11 @@ VARIANTS = ("digits", *PUBLISHED)
 
 
 def get_config(variant: str = "imagenet-ldm4") -> ml_collections.ConfigDict:
-    return _digits() if variant == "digits" else _published(*PUBLISHED[variant])
+    return _digits() if variant == "digits" else _published(PUBLISHED[variant])
 
 
-def _published(
-    width, multipliers, num_heads, head_channels, num_classes, batch_size, lr, num_steps
-):
+def _published(row):
+    width, multipliers, num_heads, head_channels, num_classes, batch_size, lr, num_steps = row
     c = ml_collections.ConfigDict()
     c.batch_size = batch_size
     c.num_steps = num_steps

@@ -146,11 +146,7 @@ def _training(flags: argparse.ArgumentParser, job: str, cls: type, train: Callab
         if arguments.config:
             config = config_files.load_run(cls, arguments.config, overrides)
         else:
-            record = read_run(workdir)
-            if record["job"] != job:
-                raise InputError(
-                    f"workdir {workdir} belongs to `ldm {record['job']}`, not `ldm {job}`"
-                )
+            record = read_run(workdir, job)
             config = config_files.apply_overrides(cls, record["config"], overrides)
         train(config, workdir)
 

@@ -5,6 +5,7 @@ Of another's `.npz` nothing is run and nothing is allocated on trust.
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -64,6 +65,21 @@ def write_json(path: str | os.PathLike, content: Any, indent: int = 2) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
+def append_json(path: str | os.PathLike, content: Any) -> None:
+    """Adds a line to a file of JSON lines; it is on disk when this returns. Folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def utc_now() -> str:
+    """As records have it, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
 def write_npz(path: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     """Writes arrays by name, whole or not at all."""
     write_atomically(path, lambda file: np.savez(file, **arrays))
@@ -75,6 +91,11 @@ def read_json(path: Path, remedy: str = "put back a copy, or delete it") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is damaged ({error}); {remedy}") from error
+
+
+def absolute(path: str) -> str:
+    """The same place whatever the current folder; addresses, and "", stay as they are."""
+    return path if not path or "://" in path else str(Path(path).absolute())
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -1,6 +1,6 @@
 """Meshes and shardings: logical axis names on arrays, mesh axes underneath.
 
-Models name the axes of their parameters and activations; `Rules` says which mesh axes carry each
+Models name the axes of their parameters and activations; `RULES` says which mesh axes carry each
 name; nothing else in the project knows where an array lives.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, divides
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -30,31 +30,26 @@ class MeshConfig:
     tensor: int = 1  # splits attention heads and hidden widths
 
 
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """Logical axis name -> mesh axes. A name that is not a field here raises."""
-
-    batch: tuple[str, ...] = ("data", "fsdp")
-    in_channels: tuple[str, ...] = ("fsdp",)
-    out_channels: tuple[str, ...] = ("tensor",)
-    heads: tuple[str, ...] = ("tensor",)
-    hidden: tuple[str, ...] = ("tensor",)
-    vocab: tuple[str, ...] = ()
-    height: tuple[str, ...] = ()
-    width: tuple[str, ...] = ()
-    tokens: tuple[str, ...] = ()
-    channels: tuple[str, ...] = ()
-
-    def mesh_axes(self, name: str | None) -> tuple[str, ...]:
-        if name is None:
-            return ()
-        known = [f.name for f in dataclasses.fields(self)]
-        if name not in known:
-            raise ValueError(f"unknown logical axis {name!r}; known: {known}")
-        return getattr(self, name)
+# Logical axis name -> mesh axes.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "in_channels": ("fsdp",),
+    "out_channels": ("tensor",),
+    "heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocab": (),
+    "height": (),
+    "width": (),
+    "tokens": (),
+    "channels": (),
+}
 
 
-RULES = Rules()
+def mesh_axes(name: str | None) -> tuple[str, ...]:
+    """The mesh axes that carry a logical one; ValueError for a name that RULES lacks."""
+    if name is not None and name not in RULES:
+        raise ValueError(f"unknown logical axis {name!r}; known: {list(RULES)}")
+    return RULES[name] if name else ()
 
 
 def make_mesh(
@@ -76,15 +71,13 @@ def make_mesh(
     return jax.make_mesh(tuple(sizes), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
-_active: contextvars.ContextVar[tuple[Mesh, Rules] | None] = contextvars.ContextVar(
-    "mesh", default=None
-)
+_active: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
+def use_mesh(mesh: Mesh) -> Iterator[None]:
     """While open, `constrain` speaks of `mesh`; enter it inside the function being traced."""
-    token = _active.set((mesh, rules))
+    token = _active.set(mesh)
     try:
         yield
     finally:
@@ -92,29 +85,25 @@ def use_mesh(mesh: Mesh, rules: Rules = RULES) -> Iterator[None]:
 
 
 def platform() -> str:
-    """ "cpu", "gpu" or "tpu": that of the mesh in use, and the host's own where none is."""
-    active = _active.get()
-    return active[0].devices.flat[0].platform if active else jax.default_backend()
+    """ "cpu", "gpu" or "tpu": that of the mesh in use, and the host's where none is."""
+    mesh = _active.get()
+    return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins the axes of `x` to the mesh by logical name; the identity when no mesh is in use.
 
-    Raises ValueError for a name that Rules does not know, and for a wrong number of names.
+    Raises ValueError for a name that RULES lacks, and for a wrong number of names.
     """
     if len(names) != x.ndim:
         raise ValueError(f"{len(names)} axis names {names} for an array of shape {x.shape}")
-    active = _active.get()
-    mesh, rules = active if active else (None, RULES)
-    axes = [rules.mesh_axes(name) for name in names]
+    mesh, axes = _active.get(), [mesh_axes(name) for name in names]
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*[a or None for a in axes])))
 
 
-def spec_for(
-    names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules = RULES
-) -> P:
+def spec_for(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> P:
     """The partition of one parameter, from its logical axis names.
 
     A mesh axis is used only where it divides the dimension. Where the name that should carry `fsdp`
@@ -124,12 +113,12 @@ def spec_for(
     entries: list[tuple[str, ...]] = []
     used: set[str] = set()
     for name, size in zip(names, shape, strict=True):
-        axes = tuple(a for a in rules.mesh_axes(name) if mesh.shape[a] > 1 and a not in used)
+        axes = tuple(a for a in mesh_axes(name) if mesh.shape[a] > 1 and a not in used)
         if size % math.prod(mesh.shape[a] for a in axes):
             axes = ()
         entries.append(axes)
         used.update(axes)
-    wanted = any("fsdp" in rules.mesh_axes(name) for name in names)
+    wanted = any("fsdp" in mesh_axes(name) for name in names)
     if wanted and mesh.shape["fsdp"] > 1 and "fsdp" not in used:
         free = [i for i, e in enumerate(entries) if not e and shape[i] % mesh.shape["fsdp"] == 0]
         if free:
@@ -137,10 +126,10 @@ def spec_for(
     return P(*[e or None for e in entries])
 
 
-def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     """A NamedSharding per parameter; `axes` holds a tuple of names for each leaf of `shapes`."""
     return jax.tree.map(
-        lambda leaf, names: NamedSharding(mesh, spec_for(names, leaf.shape, mesh, rules)),
+        lambda leaf, names: NamedSharding(mesh, spec_for(names, leaf.shape, mesh)),
         shapes,
         axes,
     )
@@ -149,14 +138,19 @@ def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: Rules = RULES) ->
 def abstract_params(init: Callable[[jax.Array], Any], axes: Any, mesh: Mesh) -> Any:
     """Shapes, types and shardings of the parameters that `init` makes from a key; none are made."""
     shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
+    return placed(shapes, param_shardings(axes, shapes, mesh))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Shapes and types with shardings."""
     return jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         shapes,
-        param_shardings(axes, shapes, mesh),
+        shardings,
     )
 
 
-def state_shardings(state: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
+def state_shardings(state: Any, axes: Any, mesh: Mesh) -> Any:
     """Shardings for a whole train state, derived from the parameters' logical axes alone.
 
     `state` is a tree of shapes. A leaf whose path ends with the path of a parameter and that has
@@ -177,7 +171,7 @@ def state_shardings(state: Any, axes: Any, mesh: Mesh, rules: Rules = RULES) -> 
         for depth in depths:
             names = by_path.get(keys[-depth:])
             if names is not None and len(names) == len(leaf.shape):
-                return NamedSharding(mesh, spec_for(names, leaf.shape, mesh, rules))
+                return NamedSharding(mesh, spec_for(names, leaf.shape, mesh))
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(sharding, state)
@@ -195,28 +189,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:
+def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over every mesh axis that carries the batch; the other axes whole."""
-    return NamedSharding(mesh, P(rules.batch))
+    return NamedSharding(mesh, P(RULES["batch"]))
 
 
-def check_batch(
-    batch_size: int,
-    mesh: Mesh,
-    name: str = "batch_size",
-    rules: Rules = RULES,
-    parts: int = 1,
-) -> None:
+def batch_shards(mesh: Mesh) -> int:
+    """How many parts a batch is cut into."""
+    return math.prod(mesh.shape[a] for a in RULES["batch"])
+
+
+def fitting_batch(count: int, mesh: Mesh) -> int:
+    """The smallest batch size of at least `count` that divides over the mesh."""
+    shards = batch_shards(mesh)
+    return -(-count // shards) * shards
+
+
+def check_batch(batch_size: int, mesh: Mesh, name: str = "batch_size", parts: int = 1) -> None:
     """Raises InputError unless each of `parts` of the global batch divides over the mesh."""
-    ways = parts * math.prod(mesh.shape[a] for a in rules.batch)
-    if batch_size < 1 or batch_size % ways:
-        nearest = max(1, round(batch_size / ways)) * ways
-        split = f", accumulate={parts}" if parts > 1 else ""
-        raise InputError(
-            f"{name} {batch_size} must divide by {ways} "
-            f"({' x '.join(f'{a}={mesh.shape[a]}' for a in rules.batch)} devices{split}); "
-            f"nearest: {nearest}"
-        )
+    axes = " x ".join(f"{a}={mesh.shape[a]}" for a in RULES["batch"])
+    split = f", accumulate={parts}" if parts > 1 else ""
+    divides(name, batch_size, parts * batch_shards(mesh), f"{axes} devices{split}")
 
 
 def process_slice(batch_size: int, mesh: Mesh) -> tuple[int, int]:
@@ -242,6 +235,33 @@ def put_batch(local: Any, mesh: Mesh, batch_size: int) -> Any:
         ),
         local,
     )
+
+
+def over_batches(function: Callable[[Any], Any], rows: Any, mesh: Mesh, size: int) -> Any:
+    """A function of batch-sharded arrays [size, ...] of all `rows` [N, ...]: host arrays [N, ...].
+
+    `size` divides over the mesh; the last batch is filled up with copies, so that one program
+    serves any N. Every process must call it, with the same rows, and gets all results.
+    """
+    index, count = process_slice(size, mesh)
+    local = np.arange(size).reshape(count, -1)[index]
+    num = len(jax.tree.leaves(rows)[0])
+
+    def results(start: int) -> Any:
+        at = np.minimum(start + local, num - 1)
+        batch = put_batch(jax.tree.map(lambda x: x[at], rows), mesh, size)
+        return jax.tree.map(host_array, function(batch))
+
+    parts = [results(start) for start in range(0, num, size)]
+    return jax.tree.map(lambda *x: np.concatenate(x)[:num], *parts)
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come to the call of this name."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
 
 
 def host_array(x: jax.Array) -> np.ndarray:

@@ -194,14 +194,16 @@ def test_state_shardings_refuse_an_unknown_name(mesh):
 )
 def test_check_batch_names_the_nearest_size_that_divides(mesh, batch_size, nearest):
     wide = make_mesh(MeshConfig(2, 4, 1))
-    with pytest.raises(InputError, match=rf"batch_size {batch_size} must divide by 8 .*{nearest}$"):
+    with pytest.raises(
+        InputError, match=rf"batch_size {batch_size} must divide by 8, .*{nearest}$"
+    ):
         check_batch(batch_size, wide)
     check_batch(nearest, wide)
 
 
 def test_check_batch_does_not_count_the_tensor_axis(mesh):
     check_batch(4, mesh)
-    with pytest.raises(InputError, match=r"pack 6 must divide by 4 \(data=2 x fsdp=2 devices\)"):
+    with pytest.raises(InputError, match=r"pack 6 must divide by 4, data=2 x fsdp=2 devices; "):
         check_batch(6, mesh, "pack")
 
 

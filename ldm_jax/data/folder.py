@@ -157,21 +157,21 @@ def _read(path: str) -> bytes:
 def _entries(root: str, prefix: str, files: dict[str, int]) -> list[_Entry]:
     inside = f"{prefix}/" if prefix else ""
     where = f"{root.rstrip('/')}/{prefix}".rstrip("/")
-    own = {f[len(inside) :]: size for f, size in files.items() if f.startswith(inside)}
-    if METADATA in own:
-        return _from_metadata(where, own)
-    own = {f: size for f, size in own.items() if not f.endswith(METADATA)}
-    loose = sorted(f for f in own if "/" not in f)
-    if loose and len(loose) < len(own):
+    sizes = {f[len(inside) :]: size for f, size in files.items() if f.startswith(inside)}
+    if METADATA in sizes:
+        return _from_metadata(where, sizes)
+    sizes = {f: size for f, size in sizes.items() if not f.endswith(METADATA)}
+    loose = sorted(f for f in sizes if "/" not in f)
+    if loose and len(loose) < len(sizes):
         raise InputError(
             f"folder {where} has images in sub-folders (classes) and beside them, such as "
             f"{loose[0]}; move those into a class or the classes away"
         )
-    names = {f: "all" if loose else f.partition("/")[0] for f in own}
-    return [_Entry(f, own[f], names[f], "") for f in sorted(own)]
+    names = {f: "all" if loose else f.partition("/")[0] for f in sizes}
+    return [_Entry(f, sizes[f], names[f], "") for f in sorted(sizes)]
 
 
-def _from_metadata(where: str, own: dict[str, int]) -> list[_Entry]:
+def _from_metadata(where: str, sizes: dict[str, int]) -> list[_Entry]:
     path = f"{where}/{METADATA}"
     entries, labelled = [], 0
     for number, line in enumerate(_read(path).decode("utf-8").splitlines(), 1):
@@ -186,7 +186,7 @@ def _from_metadata(where: str, own: dict[str, int]) -> list[_Entry]:
                 f'{path} line {number} must be a JSON object with "file_name" and "text" '
                 f"({type(error).__name__}: {error}); correct the line"
             ) from error
-        if name not in own:
+        if name not in sizes:
             raise InputError(
                 f"{path} line {number} names {name!r}, which is no image under {where}; add the "
                 "file or remove the line"
@@ -198,7 +198,7 @@ def _from_metadata(where: str, own: dict[str, int]) -> list[_Entry]:
                 f"from 0, not {text!r} and {label!r}; correct the line"
             )
         labelled += label is not None
-        entries.append(_Entry(name, own[name], "all" if label is None else label, text))
+        entries.append(_Entry(name, sizes[name], "all" if label is None else label, text))
     kinds = {type(e.class_name) for e in entries}
     if labelled not in (0, len(entries)) or len(kinds) > 1:
         raise InputError(

@@ -32,6 +32,11 @@ class Grid:
         return len(self.times) - 1
 
     @property
+    def starts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(t, alpha, sigma), each [S], where the steps begin."""
+        return self.times[:-1], self.alpha[:-1], self.sigma[:-1]
+
+    @property
     def log_ratio(self) -> np.ndarray:
         """lambda [S + 1] = ln(alpha / sigma), rising; infinite where either is 0."""
         with np.errstate(divide="ignore"):

@@ -86,16 +86,12 @@ def interval(contrast: Contrast, rule: Rule, low: Scale, high: Scale) -> Denoise
     return guided
 
 
-def autoguidance(good: Denoiser, bad: Denoiser, scale: Scale) -> Denoiser:
-    """bad + scale (good - bad): 1 is the good model, bit for bit (Karras et al. 2024, eq. 3)."""
-    return guide(bad_and_good(bad, good), extrapolate(scale))
-
-
 def extrapolate(scale: Scale) -> Rule:
     """weak + scale (strong - weak): 1 is strong, bit for bit.
 
     Of `null_and_cond` it is classifier-free guidance (Ho and Salimans 2022, eq. 6), whose w is
-    scale - 1: 0 is the unconditional model, 1 the conditional one, more extrapolates.
+    scale - 1: 0 is the unconditional model, 1 the conditional one, more extrapolates. Of
+    `bad_and_good` it is autoguidance (Karras et al. 2024, eq. 3).
     """
 
     def rule(weak: jax.Array, strong: jax.Array, z_t: jax.Array, t: jax.Array) -> jax.Array:

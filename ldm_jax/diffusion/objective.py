@@ -31,8 +31,7 @@ class Objective:
         choose("parameterisation", self.parameterisation, parameterisation.PARAMETERISATIONS)
         choose("weight", self.weight, WEIGHTS)
         within("min_snr_gamma", self.min_snr_gamma, "(0, inf)", "5 is published")
-        if self.uncertainty < 0:
-            raise InputError(f"uncertainty {self.uncertainty} must not be negative; 0 = none")
+        within("uncertainty", self.uncertainty, "[0, inf)", "0 = none")
         within("offset_noise", self.offset_noise, "[0, inf)", "0 = none")
         within("cosine_weight", self.cosine_weight, "[0, inf)", "0 = none")
 

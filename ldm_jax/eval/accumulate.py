@@ -22,6 +22,7 @@ from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.protocol import Protocol, difference
 from ldm_jax.eval.statistics import Features, gather_exact, merge_hosts, process_rows
 from ldm_jax.files import read_json, read_npz, write_json, write_npz
+from ldm_jax.sharding import wait_for_all
 
 BLOCK = 1024  # rows whose products are summed at a time, whatever the batches: the same bits
 MANIFEST = "features.json"
@@ -106,7 +107,7 @@ class Accumulator:
         path = self.folder / f"{self._stem}-{self.position:010d}.npz"
         write_npz(path, arrays)
         # Until all have this position, the one before is what they have in common.
-        _wait_for_all(f"saved {self.position}")
+        wait_for_all(f"saved {self.position}")
         for position, old in self._saved().items():
             if position != self.position:
                 old.unlink()
@@ -121,11 +122,11 @@ class Accumulator:
             out[tap] = merge_hosts(one)
             assert out[tap].count == self.protocol.num, f"{tap}: {out[tap].count} of all samples"
         assert self.position == self.longest, f"{self.position} of {self.longest} samples"
-        _wait_for_all("kept")
+        wait_for_all("kept")
         if self.process == 0 and self.kept:
             content = {"protocol": self.protocol.to_json(), "processes": self.processes}
             write_json(self.folder / MANIFEST, {**content, "widths": self.kept}, indent=1)
-        _wait_for_all("whole")  # else another process could look for them before
+        wait_for_all("whole")  # else another process could look for them before
         return out
 
     def discard(self) -> None:
@@ -309,10 +310,3 @@ def _read_header(file):
 def _longest(seconds: float) -> float:
     """The most of what all processes give: what they decide by it they decide alike."""
     return seconds if jax.process_count() == 1 else gather_exact(np.array([seconds])).max()
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

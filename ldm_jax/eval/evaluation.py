@@ -6,7 +6,6 @@ protocol is part of each figure's name.
 """
 
 import dataclasses
-import datetime
 import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from ldm_jax import files
@@ -27,6 +25,7 @@ from ldm_jax.eval.image_sets import ImageStream, open_set
 from ldm_jax.eval.judge import Judge, JudgeOptions, find_preset, open_judge
 from ldm_jax.eval.metrics import METRICS, Measured, Target, choose_metrics, smallest_part, taps
 from ldm_jax.eval.protocol import Protocol, append
+from ldm_jax.sharding import wait_for_all
 
 
 class Reference(NamedTuple):
@@ -60,7 +59,7 @@ class Evaluation:
 
 
 def prepare(
-    settings: JudgeOptions,
+    options: JudgeOptions,
     *,
     mesh: Mesh,
     folder: Path,
@@ -69,18 +68,18 @@ def prepare(
 ) -> Evaluation:
     """Loads and compiles what judges sets of `num` images; every process must call it.
 
-    The images of `reference` serve where the settings name none. Raises InputError before any image
+    The images of `reference` serve where the options name none. Raises InputError before any image
     is measured: for weights, references and numbers that do not do.
     """
-    preset = find_preset(settings)
-    against = _find_reference(settings, reference)
+    preset = find_preset(options)
+    against = _find_reference(options, reference)
     counts = {"what is judged": num}
     if against.images:
         counts["the reference"] = against.images.num
-    metrics = choose_metrics(settings.metrics, preset, against.offers, counts)
+    metrics = choose_metrics(options.metrics, preset, against.offers, counts)
     sums, kept = (taps(metrics, preset, sums=s) for s in (True, False))
-    judge = open_judge(settings, mesh, {**sums, **kept})
-    if not settings.allow_few:
+    judge = open_judge(options, mesh, {**sums, **kept})
+    if not options.allow_few:
         _check_enough(judge, metrics, num, against.num)
     if against.statistics:
         references.refuse_other_features(against.statistics, judge.protocol(num, "none", {}))
@@ -125,18 +124,18 @@ def evaluate(
         figures |= metric.figures(preset, metric.tap(preset), measured, target)
     named = {protocol.metric_name(prefix + name): value for name, value in figures.items()}
     if jax.process_index() == 0:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        append(results, protocol, named, time=now, images=images.digest, **record)
+        when = files.utc_now()
+        append(results, protocol, named, time=when, images=images.digest, **record)
     _remove(folder)
     return named
 
 
-def write_statistics(settings: JudgeOptions, images: ImageStream, *, mesh: Mesh, out: Path) -> None:
+def write_statistics(options: JudgeOptions, images: ImageStream, *, mesh: Mesh, out: Path) -> None:
     """Writes statistics of images as `out`, for all the Fréchet distances that a preset has."""
-    preset = find_preset(settings)
+    preset = find_preset(options)
     sums = taps([n for n in ("fid", "sfid") if METRICS[n].tap(preset)], preset, sums=True)
-    judge = open_judge(settings, mesh, sums)
-    if not settings.allow_few:
+    judge = open_judge(options, mesh, sums)
+    if not options.allow_few:
         for tap in sums:
             references.check_enough(images.num, judge.taps[tap], images.name)
     protocol = judge.protocol(images.num, "none", {"images": images.digest})
@@ -147,10 +146,10 @@ def write_statistics(settings: JudgeOptions, images: ImageStream, *, mesh: Mesh,
     _remove(folder)
 
 
-def _find_reference(settings: JudgeOptions, images: ImageStream | None) -> Reference:
-    if settings.reference:
-        return _open_reference(settings.reference, settings.allow_few)
-    alone = settings.metrics and not any(METRICS[name].reference for name in settings.metrics)
+def _find_reference(options: JudgeOptions, images: ImageStream | None) -> Reference:
+    if options.reference:
+        return _open_reference(options.reference, options.allow_few)
+    alone = options.metrics and not any(METRICS[name].reference for name in options.metrics)
     if images is None and not alone:
         raise InputError("there is nothing to compare with; name it with --reference")
     return Reference(None, images)
@@ -275,7 +274,6 @@ def _source_name(images: ImageStream) -> str:
 
 def _remove(folder: Path) -> None:
     """Takes a folder of features away, when no process needs them any more."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"remove {folder}")
+    wait_for_all(f"remove {folder}")
     if jax.process_index() == 0:
         shutil.rmtree(folder)

@@ -15,7 +15,7 @@ from ldm_jax.data import images as image_data
 from ldm_jax.errors import InputError
 
 MAX_PIXELS = 64 << 20  # of one image; a small file can hold gigabytes
-Batches = Callable[[int, int, int], Iterator[np.ndarray]]
+Batches = Callable[[int, int, int], Iterator[np.ndarray]]  # (start, stop, most at a time)
 Read = Callable[[np.ndarray], np.ndarray]  # indices int64 [n] -> uint8 [n,H,W,3]
 
 
@@ -31,38 +31,15 @@ class ImageStream:
     keep: Path | None = None  # folder that reading writes the images into
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageSet:
-    """uint8 RGB images of one size."""
+def open_set(path: str | os.PathLike) -> ImageStream:
+    """The images of an `.npz` in ADM's layout (`arr_0`), or those under a folder, sorted.
 
-    path: str
-    num: int
-    size: tuple[int, int]  # height, width
-    labels: np.ndarray | None  # int64 [num]
-    digest: str  # sha256 hex: of the file, or of a folder's sorted names and contents
-    batches: Batches  # (start, stop, b) -> the images [start, stop), uint8 [<= b,H,W,3] each
-
-    def reader(self, rows: int) -> Read:
-        """indices [n <= rows] -> uint8 [n,H,W,3], for calls that go on where the last one ended."""
-        stream, after = iter(()), -1
-
-        def read(indices: np.ndarray) -> np.ndarray:
-            nonlocal stream, after
-            if not len(indices):
-                return np.zeros((0, *self.size, 3), np.uint8)
-            if after < 0:
-                stream = self.batches(int(indices[0]), self.num, rows)
-            assert after in (-1, indices[0]), f"images {indices[0]} on, after {after}"
-            after = int(indices[-1]) + 1
-            return next(stream)[: len(indices)]
-
-        return read
-
-
-def open_set(path: str) -> ImageStream:
-    """A folder of images or an .npz in ADM's layout."""
-    found = open_images(path)
-    return ImageStream(found.num, found.reader, f"images {path}", found.digest)
+    Raises InputError before any image is decoded: for headers that lie, images of different sizes
+    and of more than 64 megapixels.
+    """
+    if "://" in str(path) or Path(path).is_dir():
+        return _folder(str(path))
+    return _file(path)
 
 
 def open_split(
@@ -82,21 +59,28 @@ def open_split(
     return ImageStream(len(chosen), lambda rows: read, f"the {name} images", digest)
 
 
-def open_images(path: str | os.PathLike, *, sha256: str = "") -> ImageSet:
-    """The images of an `.npz` (`arr_0`, classes in `arr_1`) or those under a folder, sorted.
+def _stream(path, num: int, size: tuple[int, int], digest: str, batches: Batches) -> ImageStream:
+    """Of images of one size, which calls of `read` go on with where the last one ended."""
 
-    Raises InputError before any image is decoded: for another digest than `sha256`, headers that
-    lie, images of different sizes and of more than 64 megapixels.
-    """
-    found = _folder(str(path)) if "://" in str(path) or Path(path).is_dir() else _file(path)
-    if sha256 and found.digest != sha256:
-        raise InputError(
-            f"images {path} have digest {found.digest}, but {sha256} is asked for; fetch them again"
-        )
-    return found
+    def reader(rows: int) -> Read:
+        stream, after = iter(()), -1
+
+        def read(indices: np.ndarray) -> np.ndarray:
+            nonlocal stream, after
+            if not len(indices):
+                return np.zeros((0, *size, 3), np.uint8)
+            if after < 0:
+                stream = batches(int(indices[0]), num, rows)
+            assert after in (-1, indices[0]), f"images {indices[0]} on, after {after}"
+            after = int(indices[-1]) + 1
+            return next(stream)[: len(indices)]
+
+        return read
+
+    return ImageStream(num, reader, f"images {path}", digest)
 
 
-def _file(path) -> ImageSet:
+def _file(path) -> ImageStream:
     headers = files.headers(path)
     header = headers.get("arr_0")
     if header is None:
@@ -112,29 +96,23 @@ def _file(path) -> ImageSet:
             "rule is uint8 [N,H,W,3] in C order; write it again"
         )
     _check_pixels(shape[1] * shape[2], path)
-    return ImageSet(
-        path=str(path),
-        num=shape[0],
-        size=(shape[1], shape[2]),
-        labels=_labels(path, headers, shape[0]),
-        digest=files.sha256(path),
-        batches=lambda start, stop, size: files.rows(path, "arr_0", start, stop, size),
-    )
+    _check_labels(path, headers.get("arr_1"), shape[0])
+
+    def batches(start: int, stop: int, count: int) -> Iterator[np.ndarray]:
+        return files.rows(path, "arr_0", start, stop, count)
+
+    return _stream(path, shape[0], (shape[1], shape[2]), files.sha256(path), batches)
 
 
-def _labels(path, headers, num):
-    if "arr_1" not in headers:
-        return None
-    header = headers["arr_1"]
-    if header.shape != (num,) or header.dtype.kind not in "iu":
+def _check_labels(path, header: files.Header | None, num: int) -> None:
+    if header and (header.shape != (num,) or header.dtype.kind not in "iu"):
         raise InputError(
             f"{path}: arr_1 is {header.dtype} {header.shape}: the rule is one integer per image, "
             f"[{num}]"
         )
-    return files.read_npz(path, "arr_1")["arr_1"].astype(np.int64)
 
 
-def _folder(root) -> ImageSet:
+def _folder(root: str) -> ImageStream:
     names = folder.image_files(root)
     lines, sizes = [], {}
     for name in names:
@@ -162,14 +140,7 @@ def _folder(root) -> ImageSet:
                     )
             yield np.stack(images)
 
-    return ImageSet(
-        path=root,
-        num=len(names),
-        size=size,
-        labels=None,
-        digest=files.digest_of(lines),
-        batches=batches,
-    )
+    return _stream(root, len(names), size, files.digest_of(lines), batches)
 
 
 def _measure(root, name) -> tuple[tuple[int, int], str]:

@@ -31,7 +31,7 @@ NETWORKS = Group(
 class JudgeOptions:
     """How images are judged."""
 
-    preset: str = option(  # or "custom": `extractor` by its own resize
+    preset: str = option(  # or "custom": `extractor` by its usual resize
         "adm",
         "conventions of: adm, torch_fidelity, clean, edm2",
         metavar="NAME",
@@ -121,13 +121,13 @@ class Judge:
         )
 
 
-def open_judge(settings: JudgeOptions, mesh: Mesh, taps: Mapping[str, None]) -> Judge:
+def open_judge(options: JudgeOptions, mesh: Mesh, taps: Mapping[str, None]) -> Judge:
     """Loads and compiles the networks; InputError for weights that are missing or others'."""
-    preset = find_preset(settings)
+    preset = find_preset(options)
     names = [preset.extractor]
     if any(tap.startswith(SECOND) for tap in taps):
         names.append(preset.neighbours_extractor)
-    files = (settings.extractor_file, "")
+    files = (options.extractor_file, "")
     weights = {name: read_weights(name, file) for name, file in zip(names, files, strict=False)}
     every = NamedSharding(mesh, P())
     params = jax.device_put({name: w.params for name, w in weights.items()}, every)
@@ -144,7 +144,7 @@ def open_judge(settings: JudgeOptions, mesh: Mesh, taps: Mapping[str, None]) -> 
     for name in names[1:]:
         widths |= {SECOND + tap: width for tap, width in EXTRACTORS[name].taps.items()}
     return Judge(
-        settings.preset,
+        options.preset,
         preset,
         weights,
         {tap: widths[tap] for tap in taps},
@@ -153,11 +153,11 @@ def open_judge(settings: JudgeOptions, mesh: Mesh, taps: Mapping[str, None]) -> 
     )
 
 
-def find_preset(settings: JudgeOptions) -> Preset:
+def find_preset(options: JudgeOptions) -> Preset:
     """The preset's conventions; of "custom", the extractor's first tap and its own resize."""
-    if settings.preset != "custom":
-        return PRESETS[settings.preset]
-    extractor = EXTRACTORS[settings.extractor]
+    if options.preset != "custom":
+        return PRESETS[options.preset]
+    extractor = EXTRACTORS[options.extractor]
     tap = "2048" if "2048" in extractor.taps else next(iter(extractor.taps))
     return Preset(extractor=extractor.name, tap=tap, resize=extractor.resize)
 

@@ -35,16 +35,16 @@ def kid(
     for _ in range(subsets):
         x = first[rng.choice(len(first), subset_size, replace=False)]
         y = second[rng.choice(len(second), subset_size, replace=False)]
-        draws.append(_unbiased(x, y, BLOCK))
+        draws.append(unbiased(x, y))
     return float(np.mean(draws)), float(np.std(draws))
 
 
-def kid_of_all(first: np.ndarray, second: np.ndarray, *, block: int = BLOCK) -> float:
-    """The unbiased kernel distance of features [N,D], [M,D] from all pairs of images.
-
-    Same expectation as the mean that `kid` returns, with less variance, and no subsets to draw.
-    """
-    return _unbiased(*checked_pair(first, second, 2), block)
+def unbiased(x: np.ndarray, y: np.ndarray, block: int = BLOCK) -> float:
+    """The unbiased kernel distance from all pairs of rows of x [N,D] and y [M,D]."""
+    n, m = len(x), len(y)
+    within = (_sum(_cubic, x, block) - _diagonal(x, block)) / (n * (n - 1))
+    within += (_sum(_cubic, y, block) - _diagonal(y, block)) / (m * (m - 1))
+    return float(within - 2 * _cross_sum(_cubic, x, y, block) / (n * m))
 
 
 def cmmd(first: np.ndarray, second: np.ndarray, *, block: int = BLOCK) -> float:
@@ -60,13 +60,6 @@ def cmmd(first: np.ndarray, second: np.ndarray, *, block: int = BLOCK) -> float:
     within += _sum(_gaussian_less_one, second, block) / m**2
     across = _cross_sum(_gaussian_less_one, first, second, block) / (n * m)
     return float(SCALE * (within - 2 * across))
-
-
-def _unbiased(x, y, block) -> float:
-    n, m = len(x), len(y)
-    within = (_sum(_cubic, x, block) - _diagonal(x, block)) / (n * (n - 1))
-    within += (_sum(_cubic, y, block) - _diagonal(y, block)) / (m * (m - 1))
-    return float(within - 2 * _cross_sum(_cubic, x, y, block) / (n * m))
 
 
 def _sum(kernel, x, block) -> float:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.errors import InputError, choose, within
-from ldm_jax.files import digest
+from ldm_jax.files import append_json, digest
+from ldm_jax.interop.names import flatten
 
 LABELS = ("balanced", "random", "none")  # "none": no model was asked for classes
 
@@ -140,7 +141,7 @@ def difference(have: Any, want: Protocol) -> str:
     """The first field where a protocol's JSON differs from `want`, in words; "" where none does."""
     if not isinstance(have, dict):
         return "it names no protocol"
-    have, wanted = _flat(have), _flat(want.to_json())
+    have, wanted = flatten(have, "."), flatten(want.to_json(), ".")
     for name in sorted({*have, *wanted}):
         if have.get(name) != wanted.get(name):
             return f"{name} is {have.get(name)!r} there but {wanted.get(name)!r} here"
@@ -164,12 +165,7 @@ def append(
                 f"{path} line {number} has {shared[0]} by another protocol ({reason}); write to "
                 "another file, or evaluate as it did"
             )
-    line = {**record, "protocol": protocol.to_json(), "figures": dict(figures)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    append_json(path, {**record, "protocol": protocol.to_json(), "figures": dict(figures)})
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -198,13 +194,3 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, str | bool | int):
         return value
     raise InputError(f"{name} {value!r} must be text, a finite number, a truth value or a list")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= _flat(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = value
-    return out

@@ -47,15 +47,15 @@ def datasets(task: str) -> list[str]:
 
 def describe(row: Row) -> str:
     """One line for a table of results, marked as published."""
-    how = [f"{row.sampler} {row.steps}".strip() if row.steps else row.sampler]
-    how += [f"guidance {row.guidance:g}"] if row.guidance not in (1, None) else []
-    how += [f"{row.num} samples"] if row.num else []
+    parts = [f"{row.sampler} {row.steps}".strip() if row.steps else row.sampler]
+    parts += [f"guidance {row.guidance:g}"] if row.guidance not in (1, None) else []
+    parts += [f"{row.num} samples"] if row.num else []
     values = (
         f"{name} {value:g}{f' ± {row.std[name]:g}' if name in row.std else ''}"
         for name, value in row.figures.items()
     )
-    settings = f" ({', '.join(filter(None, how))})" if any(how) else ""
-    return f"published: {row.model}{settings}: {', '.join(values)} [{row.source}]"
+    sampling = f" ({', '.join(filter(None, parts))})" if any(parts) else ""
+    return f"published: {row.model}{sampling}: {', '.join(values)} [{row.source}]"
 
 
 @functools.cache

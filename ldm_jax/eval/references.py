@@ -73,17 +73,13 @@ class Statistics:
         return found
 
 
-def load(path: str | os.PathLike, *, sha256: str = "", allow_few: bool = False) -> Statistics:
+def load(path: str | os.PathLike, *, allow_few: bool = False) -> Statistics:
     """Statistics from .npz (ours, ADM, torch-fidelity, TTUR, EDM, MeanFlow) or EDM2's .pkl.
 
-    Raises InputError for a file of another digest than `sha256`, for statistics that are none, and,
-    unless `allow_few`, for those of no more images than features.
+    Raises InputError for statistics that are none, and, unless `allow_few`, for those of no more
+    images than features.
     """
     digest = files.sha256(path)
-    if sha256 and digest != sha256:
-        raise InputError(
-            f"reference {path} has sha256 {digest}, but {sha256} is asked for; fetch it again"
-        )
     if Path(path).suffix == ".pkl":
         num, pairs, moments, made = _from_pickle(path)
     else:

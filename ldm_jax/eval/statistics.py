@@ -1,6 +1,6 @@
 """Features of images by a network over a mesh, and sums over hosts: the same whatever the mesh."""
 
-import math
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from ldm_jax.eval.frechet import Moments
-from ldm_jax.sharding import RULES, process_slice, put_batch
+from ldm_jax.sharding import RULES, batch_shards, process_slice, put_batch
 
 Features = dict[str, np.ndarray]  # tap -> f32 [n, D]
 GATHER_WORDS = 1 << 20  # a host gets so many uint32 words of every other one at a time
@@ -28,13 +28,29 @@ def process_rows(num: int, process: int | None = None, processes: int | None = N
     return range(min(process * size, num), min((process + 1) * size, num))
 
 
-def pad_rows(rows: np.ndarray, size: int) -> np.ndarray:
-    """Zeros after the rows, up to `size` of them; whoever pads cuts the results off again."""
-    assert len(rows) <= size, f"{len(rows)} rows for {size}"
-    return np.pad(rows, [(0, size - len(rows))] + [(0, 0)] * (np.ndim(rows) - 1))
+def rows_per_process(size: int, mesh: Mesh) -> int:
+    """This process's share of a batch of `size` rows over the mesh."""
+    return size // process_slice(size, mesh)[1]
 
 
-def local_rows(x: jax.Array) -> np.ndarray:
+def over_local_rows(function: Callable[[Any], Any], rows: Any, mesh: Mesh, size: int) -> Any:
+    """A function of batch-sharded arrays [size, ...] of this process's `rows` [n, ...] of them.
+
+    Gives its results for these rows, host arrays [n, ...]. What is missing in the share of the
+    process is filled up with zeros. On a mesh over several processes all must call equally often,
+    with no rows at the end perhaps.
+    """
+    num, share = len(jax.tree.leaves(rows)[0]), rows_per_process(size, mesh)
+    assert num <= share, f"{num} rows for {share}"
+
+    def padded(x: np.ndarray) -> np.ndarray:
+        return np.pad(x, [(0, share - num)] + [(0, 0)] * (np.ndim(x) - 1))
+
+    out = function(put_batch(jax.tree.map(padded, rows), mesh, size))
+    return jax.tree.map(lambda x: _local(x)[:num], out)
+
+
+def _local(x: jax.Array) -> np.ndarray:
     """The rows of a batch-sharded array that this process holds, in order, each once."""
     parts = {s.index[0].start or 0: s.data for s in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
@@ -45,15 +61,11 @@ def compile_features(
 ) -> tuple[Callable[[Any, np.ndarray], Features], int]:
     """(measure, rows): measure(params, x [n, ...]) -> {tap: f32 [n, D]} of this process's rows.
 
-    `rows` is the most that this process can measure in one call. The network sees blocks of exactly
-    `block` rows, each whole on one device, so the bits of a feature do not depend on how many
-    devices there are. Rows that fill the last block up are zeros and are cut off again: a weight of
-    0 that holds even where they are not finite. Parameters are whole on every device. On a mesh
-    over several processes all must call equally often, with no rows at the end perhaps.
+    `rows` is the most that this process can measure in one call, see `over_local_rows`. The network
+    sees blocks of exactly `block` rows, each whole on one device, so the bits of a feature do not
+    depend on how many devices there are. Parameters are whole on every device.
     """
-    axes = RULES.batch
-    size = block * math.prod(mesh.shape[a] for a in axes)
-    rows = size // process_slice(size, mesh)[1]
+    axes, size = RULES["batch"], block * batch_shards(mesh)
 
     def forward(params, x):
         with jax.default_matmul_precision("highest"):
@@ -65,10 +77,9 @@ def compile_features(
     compiled = jax.jit(sharded)
 
     def measure(params: Any, x: np.ndarray) -> Features:
-        out = compiled(params, put_batch(pad_rows(x, rows), mesh, size))
-        return {tap: local_rows(f)[: len(x)] for tap, f in out.items()}
+        return over_local_rows(functools.partial(compiled, params), x, mesh, size)
 
-    return measure, rows
+    return measure, rows_per_process(size, mesh)
 
 
 def merge_hosts(moments: Moments) -> Moments:

@@ -171,11 +171,7 @@ def write_folder(
 
 def describe(config: autoencoder.AutoencoderConfig) -> dict[str, Any]:
     """config.json of a model, latents not scaled; the inverse of `architecture`."""
-    name = CLASSES[config.latent]
-    attends = [
-        config.resolution // 2**i in config.attention_resolutions
-        for i in range(len(config.width_multipliers))
-    ]
+    name, attends = CLASSES[config.latent], config.attends
     fields = {
         "_class_name": name,
         "_diffusers_version": VERSION,

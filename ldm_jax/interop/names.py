@@ -86,12 +86,15 @@ def to_theirs(names: Names, params: Any) -> dict[str, np.ndarray]:
     return tensors
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dicts -> {path: leaf}, paths joined by "/"."""
+def flatten(tree: Any, separator: str = "/") -> dict[str, Any]:
+    """Nested dicts -> {path: leaf}, paths joined by `separator`; a leaf alone has the path ""."""
     if not isinstance(tree, Mapping):
-        return {prefix: tree}
-    start = f"{prefix}/" if prefix else ""
-    return {p: x for name, sub in tree.items() for p, x in flatten(sub, start + name).items()}
+        return {"": tree}
+    return {
+        f"{name}{separator}{path}" if path else name: leaf
+        for name, sub in tree.items()
+        for path, leaf in flatten(sub, separator).items()
+    }
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -32,15 +32,15 @@ def unet_names(config: unet.UNetConfig, context_dim: int) -> Names:
 
     def resample(ours, theirs):
         if config.resample_in_blocks:
-            return _res_block(ours, theirs, time=True)
+            return _res_block(ours, theirs)
         return _conv(ours, f"{theirs}.conv")
 
     names |= _linear("time_in", "time_embedding.linear_1")
     names |= _linear("time_out", "time_embedding.linear_2")
     names |= _conv("conv_in", "conv_in")
-    names |= _res_block("mid_block1", "mid_block.resnets.0", time=True)
+    names |= _res_block("mid_block1", "mid_block.resnets.0")
     names |= attention("mid_attention", "mid_block.attentions.0", widths[-1])
-    names |= _res_block("mid_block2", "mid_block.resnets.1", time=True)
+    names |= _res_block("mid_block2", "mid_block.resnets.1")
     names |= _norm("norm_out", "conv_norm_out")
     names |= _conv("conv_out", "conv_out")
     for i, width in enumerate(widths):
@@ -52,9 +52,7 @@ def unet_names(config: unet.UNetConfig, context_dim: int) -> Names:
             for j in range(blocks):
                 # Going up, the skip that is joined always changes the width.
                 shortcut = theirs == up or (j == 0 and width != widths[max(i - 1, 0)])
-                names |= _res_block(
-                    f"{ours}_block{j}", f"{theirs}.resnets.{j}", shortcut=shortcut, time=True
-                )
+                names |= _res_block(f"{ours}_block{j}", f"{theirs}.resnets.{j}", shortcut=shortcut)
                 if 2**i in config.attention_factors:
                     names |= attention(f"{ours}_attention{j}", f"{theirs}.attentions.{j}", width)
         if i != levels - 1:
@@ -83,15 +81,13 @@ def _norm(ours, theirs):
     return _pair(ours, theirs, "scale", SAME)
 
 
-def _res_block(ours, theirs, *, shortcut=False, time=False):
-    names = {}
+def _res_block(ours, theirs, *, shortcut=False):
+    names = _linear(f"{ours}/time", f"{theirs}.time_emb_proj")
     for i in (1, 2):
         names |= _norm(f"{ours}/norm{i}", f"{theirs}.norm{i}")
         names |= _conv(f"{ours}/conv{i}", f"{theirs}.conv{i}")
     if shortcut:
         names |= _conv(f"{ours}/shortcut", f"{theirs}.conv_shortcut")
-    if time:
-        names |= _linear(f"{ours}/time", f"{theirs}.time_emb_proj")
     return names
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from ldm_jax.data import images
@@ -17,7 +16,7 @@ from ldm_jax.data.records.manifest import Manifest, Shard, Spec
 from ldm_jax.errors import InputError
 from ldm_jax.options import option
 from ldm_jax.runs.first_stage import Encode, FirstStage, compile_encoder, load_first_stage
-from ldm_jax.sharding import MeshConfig, check_batch, make_mesh
+from ldm_jax.sharding import MeshConfig, check_batch, make_mesh, wait_for_all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +41,7 @@ class CacheOptions:
             raise InputError(f"splits are empty; name some of {list(images.SPLITS)}")
 
 
-def run(workdir: Path, settings: CacheOptions, out: Path | None = None) -> dict[str, Manifest]:
+def run(workdir: Path, options: CacheOptions, out: Path | None = None) -> dict[str, Manifest]:
     """Writes OUT/train and OUT/held_out, or goes on with what an interrupted run left there.
 
     Shards are dealt out to the processes; each encodes its own over its own devices, so hosts never
@@ -50,32 +49,30 @@ def run(workdir: Path, settings: CacheOptions, out: Path | None = None) -> dict[
     """
     out = Path(out) if out else Path(workdir) / "latents"
     mesh = make_mesh(MeshConfig(), jax.local_devices())
-    settings = dataclasses.replace(
-        settings, batch_size=settings.batch_size or 32 * mesh.devices.size
-    )
-    check_batch(settings.batch_size, mesh, "--batch-size")
+    options = dataclasses.replace(options, batch_size=options.batch_size or 32 * mesh.devices.size)
+    check_batch(options.batch_size, mesh, "--batch-size")
     first_stage = load_first_stage(workdir, mesh)
     sources = {
         split: images.open_images(first_stage.run.images, split, augment=False)
-        for split in settings.splits
+        for split in options.splits
     }
-    encode = compile_encoder(first_stage, mesh, settings.batch_size, settings.mirrored)
+    encode = compile_encoder(first_stage, mesh, options.batch_size, options.mirrored)
     manifests = {}
     for split, source in sources.items():
-        spec = make_spec(first_stage, source, split, settings)
+        spec = make_spec(first_stage, source, split, options)
         todo = writer.begin(out / split, spec)[jax.process_index() :: jax.process_count()]
-        _barrier(f"latents-begin-{split}")
+        wait_for_all(f"latents-begin-{split}")
         for shard in todo:
-            batches = _encoded(encode, source, shard, settings.batch_size)
+            batches = _encoded(encode, source, shard, options.batch_size)
             writer.write_shard(out / split, spec, shard, batches)
-        _barrier(f"latents-end-{split}")
+        wait_for_all(f"latents-end-{split}")
         if jax.process_index() == 0:
             manifests[split] = writer.finish(out / split, spec)
     return manifests
 
 
 def make_spec(
-    first_stage: FirstStage, source: images.ImageSplit, split: str, settings: CacheOptions
+    first_stage: FirstStage, source: images.ImageSplit, split: str, options: CacheOptions
 ) -> Spec:
     """What the cache of one split will be, known before the first image is read."""
     return Spec(
@@ -89,10 +86,10 @@ def make_spec(
         class_names=source.class_names,
         has_captions=source.has_captions,
         posterior=first_stage.config.posterior,
-        dtype=settings.dtype,
-        mirrored=settings.mirrored,
-        pack=settings.pack,
-        shard_examples=settings.shard_examples,
+        dtype=options.dtype,
+        mirrored=options.mirrored,
+        pack=options.pack,
+        shard_examples=options.shard_examples,
         fields=tuple(field for field in source.fields if field not in (LABEL, CAPTION)),
     )
 
@@ -115,8 +112,3 @@ def _encoded(
             moments = encode(batch.pop("image"))
             bar.update(len(indices))
             yield {**batch, **moments, "index": indices}
-
-
-def _barrier(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -94,14 +94,14 @@ def _table(rebuilt: dict[str, float], figures: dict[str, float]) -> list[tuple[s
     """Rows (figure, value, rule)."""
     halves, alone = figures["frechet_halves_of_real"], figures["frechet_autoencoder_alone"]
     limit = min(3 * halves + alone, 0.95)
-    asked = f"Samples classified as asked (of {int(figures['num_samples'])})"
+    accuracy_name = f"Samples classified as asked (of {int(figures['num_samples'])})"
     classifier, accuracy = figures["classifier_held_out_accuracy"], figures["sample_accuracy"]
     distance = figures["frechet_samples"]
     return [
         ("Held-out reconstruction, PSNR", f"{rebuilt['psnr_db']:.2f} dB", "aim: at least 34 dB"),
         ("Held-out reconstruction, SSIM", f"{rebuilt['ssim']:.3f}", ""),
         ("Classifier on held-out real digits", f"{100 * classifier:.2f} %", "aim: at least 97 %"),
-        (asked, f"{100 * accuracy:.2f} %", "aim: at least 99 %"),
+        (accuracy_name, f"{100 * accuracy:.2f} %", "aim: at least 99 %"),
         ("Fréchet distance, samples to real", f"{distance:.3f}", f"aim: below {limit:.3f}"),
         ("Fréchet distance, halves of the real digits", f"{halves:.3f}", "yardstick"),
         ("Fréchet distance, reconstructions to real", f"{alone:.3f}", "the first stage's share"),
@@ -121,8 +121,8 @@ def _grids(first: Path, second: Path) -> list[tuple[str, np.ndarray]]:
     originals = source.read(indices, indices)["image"]
     both = np.concatenate([originals, reconstruct(first_stage, originals, mesh)])
     path = sample.run(second, dataclasses.replace(DRAWN, num=100, batch_size=0))
-    how = f"guidance {DRAWN.guidance}, {DRAWN.steps} steps of {DRAWN.sampler}"
+    sampling = f"guidance {DRAWN.guidance}, {DRAWN.steps} steps of {DRAWN.sampler}"
     return [
         ("Held-out digits (top) and their reconstructions", grid(both, 20)),
-        (f"Samples, one class a column; {how}", grid(np.load(path)["arr_0"], 10)),
+        (f"Samples, one class a column; {sampling}", grid(np.load(path)["arr_0"], 10)),
     ]

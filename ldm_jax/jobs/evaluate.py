@@ -1,8 +1,6 @@
 """`ldm evaluate`: figures of a first stage, of a denoiser's samples, or of a set of images."""
 
 import dataclasses
-import datetime
-import json
 from collections.abc import Container
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from ldm_jax.eval import published
 from ldm_jax.eval.evaluation import evaluate, prepare, write_statistics
 from ldm_jax.eval.image_sets import open_set
 from ldm_jax.eval.judge import JudgeOptions
+from ldm_jax.files import append_json, utc_now
 from ldm_jax.options import Group, option
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.denoiser import load_model
@@ -235,13 +234,11 @@ def _refuse_sampling(
                 )
 
 
-def _note(workdir: Path, job: str, settings: dict[str, Any], figures: Figures) -> None:
+def _note(workdir: Path, job: str, options: dict[str, Any], figures: Figures) -> None:
     """A line of figures that stand outside of any protocol."""
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    line = {"job": job, "time": now, "settings": settings, "figures": figures}
+    line = {"job": job, "time": utc_now(), "settings": options, "figures": figures}
     if jax.process_index() == 0:
-        with (Path(workdir) / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json(Path(workdir) / RESULTS, line)
 
 
 def _published(dataset: str, *tasks: str) -> list[published.Row]:

@@ -87,7 +87,7 @@ def first_stages(plan: dict[str, Any], workdir: Path) -> Measure:
         with _in_arm(arm):
             config = _layered(AutoencoderRun, base, fields)
             _check_first_stage(config)
-            runs |= {(arm, seed): _seeded(config, seed) for seed in plan["seeds"]}
+            runs |= {(arm, seed): dataclasses.replace(config, seed=seed) for seed in plan["seeds"]}
 
     def measure(arm: str, seed: int, folder: Path) -> list[Row]:
         done = folder / "figures.json"
@@ -120,7 +120,7 @@ def denoisers(plan: dict[str, Any], workdir: Path) -> Measure:
     """Denoisers by their samples.
 
     `first_stage` and `denoiser` are FILE:VARIANT, the latter the arms' base; `samples` gives each
-    arm's list of `ldm sample`'s settings; `judge` the fields of JudgeOptions, and without it the
+    arm's list of `ldm sample`'s options; `judge` the fields of JudgeOptions, and without it the
     digits' classifier judges. An arm's `first_stage` takes the place of the plan's: FILE:VARIANT,
     or fields on top of it.
     """
@@ -156,8 +156,8 @@ def denoisers(plan: dict[str, Any], workdir: Path) -> Measure:
         rows: list[Row] = read_json(done) if done.exists() else []
         if len(rows) == len(arm.ways):
             return rows
-        config = _seeded(arm.run, seed)
-        config = dataclasses.replace(config, autoencoder=trained(arm.first_stage))
+        where = trained(arm.first_stage)
+        config = dataclasses.replace(arm.run, seed=seed, autoencoder=where)
         train_denoiser.run(config, folder)
         model = load_model(folder, arm.ways[0].which)
         figures_of = judge(model, folder)
@@ -254,10 +254,6 @@ def _layered(cls: type, *layers: dict[str, Any]) -> Any:
     return build(cls, config_dict(cls, *layers).to_dict())
 
 
-def _seeded(config: Any, seed: int) -> Any:
-    return dataclasses.replace(config, seed=seed)
-
-
 def _check_first_stage(config: AutoencoderRun) -> None:
     """InputError for a batch that does not divide, and for images or weights that are missing."""
     check_batch(config.batch_size, make_mesh(config.mesh), parts=config.accumulate)
@@ -280,7 +276,7 @@ def _check_arm(arm: Arm, seeds: Sequence[int]) -> None:
                 "to train with `first_stage`"
             )
     for seed in seeds:
-        _seeded(config, seed)
+        dataclasses.replace(config, seed=seed)  # for its errors alone
     check_batch(config.batch_size, make_mesh(config.mesh), parts=config.accumulate)
     source = open_images(arm.first_stage.images, "train", augment=False)
     facts = dataclasses.replace(

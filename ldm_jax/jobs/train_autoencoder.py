@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ldm_jax.data.images import open_images
 from ldm_jax.data.order import Order
 from ldm_jax.errors import InputError
+from ldm_jax.files import absolute
 from ldm_jax.interop import pretrained
 from ldm_jax.models import autoencoder
 from ldm_jax.runs.build import build
@@ -88,13 +89,9 @@ def run(
 
 def absolute_paths(config: AutoencoderRun) -> AutoencoderRun:
     """The same with places that hold from any folder."""
-    file = _absolute(config.loss.perceptual_file)
+    file = absolute(config.loss.perceptual_file)
     loss = dataclasses.replace(config.loss, perceptual_file=file)
-    return dataclasses.replace(config, init_from=_absolute(config.init_from), loss=loss)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).absolute()) if path else path
+    return dataclasses.replace(config, init_from=absolute(config.init_from), loss=loss)
 
 
 def initial_weights(config: AutoencoderRun, mesh: Mesh) -> Any:
@@ -116,8 +113,7 @@ def architecture(model: autoencoder.AutoencoderConfig) -> dict[str, Any]:
     fields = dataclasses.asdict(model)
     for name in ("resolution", "compute_dtype", "attention_resolutions", "quantizer"):
         fields.pop(name)
-    sides = [model.resolution // 2**i for i in range(len(model.width_multipliers))]
-    fields["levels that attend"] = [side in model.attention_resolutions for side in sides]
+    fields["levels that attend"] = model.attends
     if model.latent == "vq":
         fields["codebook_size"] = model.quantizer.codebook_size
     return fields

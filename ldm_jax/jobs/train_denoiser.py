@@ -9,6 +9,7 @@ import numpy as np
 
 from ldm_jax.data.records.reader import LatentCache, open_cache
 from ldm_jax.errors import InputError
+from ldm_jax.files import absolute
 from ldm_jax.models import conditions
 from ldm_jax.runs import held_out
 from ldm_jax.runs.build import LatentFacts, build, codec_of, facts_of_manifest
@@ -83,10 +84,6 @@ def resolve_paths(config: DenoiserRun) -> DenoiserRun:
     """Absolute places of the first stage and of the latents, so that any folder may resume."""
     if not config.autoencoder:
         raise InputError("config.autoencoder is empty; give the workdir of a trained first stage")
-    autoencoder = _absolute(config.autoencoder)
-    cache = _absolute(config.latents) if config.latents else f"{autoencoder}/latents"
-    return dataclasses.replace(config, autoencoder=autoencoder, latents=cache)
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).absolute())
+    first_stage = absolute(config.autoencoder)
+    cache = absolute(config.latents) or f"{first_stage}/latents"
+    return dataclasses.replace(config, autoencoder=first_stage, latents=cache)

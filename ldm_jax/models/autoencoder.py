@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose
 from ldm_jax.models import latents, quantizer
 from ldm_jax.models.layers import (
     Conv,
@@ -23,6 +23,7 @@ from ldm_jax.models.layers import (
     GroupNorm,
     attend,
     check_groups,
+    conv1x1,
     declarations,
     downsample,
     draw_parameters,
@@ -56,8 +57,7 @@ class AutoencoderConfig:
     compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on the CPU
 
     def __post_init__(self):
-        if self.latent not in LATENTS:
-            raise InputError(f"latent {self.latent!r} is unknown; choose one of {LATENTS}")
+        choose("latent", self.latent, LATENTS)
         if self.latent == "identity":
             if (len(self.width_multipliers), self.latent_channels) != (1, self.image_channels):
                 raise InputError(
@@ -86,17 +86,26 @@ class AutoencoderConfig:
                 f"autoencoder resolution {self.resolution} must divide by its downsampling factor "
                 f"{self.factor} (width_multipliers {self.width_multipliers})"
             )
-        sides = [self.resolution // 2**i for i in range(len(self.width_multipliers))]
-        unknown = sorted(set(self.attention_resolutions) - set(sides))
+        unknown = sorted(set(self.attention_resolutions) - set(self.sides))
         if unknown:
             raise InputError(
                 f"autoencoder attention_resolutions {unknown} are no level's side; those of "
-                f"resolution {self.resolution} are {sides}"
+                f"resolution {self.resolution} are {self.sides}"
             )
 
     @property
     def factor(self) -> int:
         return 2 ** (len(self.width_multipliers) - 1)
+
+    @property
+    def sides(self) -> list[int]:
+        """Of the feature maps, level by level."""
+        return [self.resolution // 2**i for i in range(len(self.width_multipliers))]
+
+    @property
+    def attends(self) -> list[bool]:
+        """Which levels do."""
+        return [side in self.attention_resolutions for side in self.sides]
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -130,7 +139,7 @@ class _ResBlock(nn.Module):
         h = nn.swish(GroupNorm(c.norm_groups, name="norm2")(h))
         h = Conv(self.features, dtype=dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = Conv(self.features, 1, padding=((0, 0), (0, 0)), dtype=dtype, name="shortcut")(x)
+            x = conv1x1(self.features, dtype, "shortcut")(x)
         return constrain(x + h, "batch", "height", "width", "channels")
 
 
@@ -144,13 +153,9 @@ class _Attention(nn.Module):
         b, h, w, c = x.shape
         dtype = self.config.dtype
         y = GroupNorm(self.config.norm_groups, name="norm")(x)
-        q, k, v = (_conv1x1(c, dtype, name)(y).reshape(b, h * w, 1, c) for name in ("q", "k", "v"))
+        q, k, v = (conv1x1(c, dtype, name)(y).reshape(b, h * w, 1, c) for name in ("q", "k", "v"))
         y = attend(q, k, v).reshape(b, h, w, c)
-        return x + _conv1x1(c, dtype, "out")(y)
-
-
-def _conv1x1(features, dtype, name):
-    return Conv(features, 1, padding=((0, 0), (0, 0)), dtype=dtype, name=name)
+        return x + conv1x1(c, dtype, "out")(y)
 
 
 def _middle(x, config):
@@ -170,7 +175,7 @@ class _Encoder(nn.Module):
         for i, multiplier in enumerate(c.width_multipliers):
             for j in range(c.num_res_blocks):
                 x = _ResBlock(c.width * multiplier, c, name=f"level{i}_block{j}")(x)
-                if c.resolution // 2**i in c.attention_resolutions:
+                if c.attends[i]:
                     x = _Attention(c, name=f"level{i}_attention{j}")(x)
             if i != last:
                 down = downsample(
@@ -181,7 +186,7 @@ class _Encoder(nn.Module):
         x = nn.swish(GroupNorm(c.norm_groups, name="norm_out")(x))
         z_channels = 2 * c.z_channels if c.latent == "kl" else c.z_channels
         x = Conv(z_channels, dtype=dtype, name="conv_out")(x)
-        return _conv1x1(c.moment_channels, dtype, "adapter")(x).astype(jnp.float32)
+        return conv1x1(c.moment_channels, dtype, "adapter")(x).astype(jnp.float32)
 
 
 class _Decoder(nn.Module):
@@ -190,13 +195,13 @@ class _Decoder(nn.Module):
     @nn.compact
     def __call__(self, z):
         c, dtype = self.config, self.config.dtype
-        x = _conv1x1(c.z_channels, dtype, "adapter")(z)
+        x = conv1x1(c.z_channels, dtype, "adapter")(z)
         x = Conv(c.width * c.width_multipliers[-1], dtype=dtype, name="conv_in")(x)
         x = _middle(x, c)
         for i, multiplier in reversed(list(enumerate(c.width_multipliers))):
             for j in range(c.num_res_blocks + 1):
                 x = _ResBlock(c.width * multiplier, c, name=f"level{i}_block{j}")(x)
-                if c.resolution // 2**i in c.attention_resolutions:
+                if c.attends[i]:
                     x = _Attention(c, name=f"level{i}_attention{j}")(x)
             if i:
                 x = upsample_nearest(x)

@@ -1,4 +1,4 @@
-"""What a denoiser may be told, a row for each kind: entries of a batch -> signals for its backbone.
+"""Conditions of a denoiser, a row for each kind: entries of a batch -> signals for its backbone.
 
 A row is a frozen dataclass of its settings with the methods of `Condition`. Several of them work
 together: their tokens and maps stand side by side, and their vectors are added up.
@@ -19,7 +19,7 @@ Cond = dict[str, jax.Array]
 
 
 class Signals(NamedTuple):
-    """All that a backbone is told beside z_t and t; None where there is none of a kind."""
+    """All inputs of a backbone beside z_t and t; None where there is none of a kind."""
 
     vector: jax.Array | None = None  # f32 [B,D], added to the embedding of the time
     tokens: jax.Array | None = None  # f32 [B,T,D], attended to
@@ -121,10 +121,10 @@ Conditions = Mapping[str, Condition]
 def widths(conditions: Conditions) -> Widths:
     """Of all of them together; raises InputError where tokens or vectors of two do not fit."""
     for kind in ("tokens", "vector"):
-        given = {n: getattr(c.widths, kind) for n, c in conditions.items()}
-        given = {name: width for name, width in given.items() if width}
-        if len(set(given.values())) > 1:
-            raise InputError(f"conditions have {kind} of different widths {given}; give them one")
+        each = {n: getattr(c.widths, kind) for n, c in conditions.items()}
+        each = {name: width for name, width in each.items() if width}
+        if len(set(each.values())) > 1:
+            raise InputError(f"conditions have {kind} of different widths {each}; give them one")
     each = [c.widths for c in conditions.values()]
     return Widths(
         max((w.vector for w in each), default=0),
@@ -191,11 +191,6 @@ def drop(conditions: Conditions, cond: Cond, dropped: jax.Array) -> Cond:
         return jnp.where(mask, nothing, x)
 
     return {n: x if null[n] is x else choose(x, null[n]) for n, x in cond.items()}
-
-
-def can_drop(conditions: Conditions) -> bool:
-    """Whether any of them has a null condition, which guidance leads away from."""
-    return any(c.null(1) for c in conditions.values())
 
 
 def num_classes(conditions: Conditions) -> int:

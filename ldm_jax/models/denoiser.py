@@ -50,7 +50,7 @@ class DenoiserConfig:
 
     @property
     def widths(self) -> Widths:
-        """Of the signals that the backbone is told."""
+        """Of the backbone's signals."""
         return conditions.widths(self.conditions)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import choose, within
 from ldm_jax.models.layers import Declared, draw_parameters, parameter_axes, resolve_dtype
 from ldm_jax.sharding import constrain
 
@@ -27,11 +27,9 @@ class DiscriminatorConfig:
     compute_dtype: str = "auto"
 
     def __post_init__(self):
-        if self.norm not in NORMS:
-            raise InputError(f"discriminator norm {self.norm!r} is unknown; choose one of {NORMS}")
+        choose("discriminator norm", self.norm, NORMS)
         for name in ("width", "num_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"discriminator {name} {getattr(self, name)} must be at least 1")
+            within(f"discriminator {name}", getattr(self, name), "[1, inf)")
 
 
 def _layers(config: DiscriminatorConfig, channels: int) -> list[tuple[str, int, int, int, bool]]:

@@ -141,6 +141,10 @@ def downsample(features: int, *, symmetric: bool, dtype: Any, name: str) -> Conv
     return Conv(features, stride=2, padding=padding, dtype=dtype, name=name)
 
 
+def conv1x1(features: int, dtype: Any, name: str) -> Conv:
+    return Conv(features, 1, padding=((0, 0), (0, 0)), dtype=dtype, name=name)
+
+
 def upsample_nearest(x: jax.Array) -> jax.Array:
     """[B,H,W,C] -> [B,2H,2W,C]."""
     b, h, w, c = x.shape

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import within
 
 AXES = (None, None)  # of the codebook [n,C], which every device holds whole
 CHUNK = 1024  # codes whose distances are held at once: [B,h,w,CHUNK] f32
@@ -25,15 +25,10 @@ class QuantizerConfig:
     restart_below: float = 0.0  # codes used less often a step than this start anew; 0 = never
 
     def __post_init__(self):
-        if self.codebook_size < 2:
-            raise InputError(f"codebook_size {self.codebook_size} must be at least 2")
+        within("codebook_size", self.codebook_size, "[2, inf)")
         for name in ("beta", "restart_below"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(
-                    f"quantizer {name} {getattr(self, name)} must be finite and not negative"
-                )
-        if not 0 <= self.average_decay < 1:
-            raise InputError(f"quantizer average_decay {self.average_decay} must be in [0, 1)")
+            within(f"quantizer {name}", getattr(self, name), "[0, inf)")
+        within("quantizer average_decay", self.average_decay, "[0, 1)")
 
     @property
     def keeps_counts(self) -> bool:

@@ -22,6 +22,7 @@ from ldm_jax.models.layers import (
     LayerNorm,
     attend,
     check_groups,
+    conv1x1,
     declarations,
     downsample,
     draw_parameters,
@@ -121,7 +122,7 @@ class _ResBlock(nn.Module):
             h = norm(h + e)
         h = Conv(self.features, zero_init=True, dtype=dtype, name="conv2")(nn.swish(h))
         if x.shape[-1] != self.features:
-            x = Conv(self.features, 1, padding=((0, 0), (0, 0)), dtype=dtype, name="shortcut")(x)
+            x = conv1x1(self.features, dtype, "shortcut")(x)
         return constrain(x + h, "batch", "height", "width", "channels")
 
 

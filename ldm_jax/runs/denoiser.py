@@ -11,7 +11,7 @@ from ldm_jax.models import conditions, denoiser
 from ldm_jax.models.latents import SampleCodec
 from ldm_jax.runs.build import codec_of, facts_of_record
 from ldm_jax.runs.config_files import build
-from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.first_stage import FirstStage, load_first_stage
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.runs.workdir import read_run
 from ldm_jax.sharding import MeshConfig, abstract_params, make_mesh
@@ -52,7 +52,7 @@ class Model:
     params: Any
     step: int
     which: str
-    first_stage: Any
+    first_stage: FirstStage
     codec: SampleCodec
     latent_shape: tuple[int, int, int]
     mesh: Mesh
@@ -142,17 +142,12 @@ def _classes(run: DenoiserRun) -> dict[str, int]:
 
 
 def _read(workdir: Path) -> tuple[DenoiserRun, dict[str, Any]]:
-    record = read_run(workdir)
-    if record["job"] != "train-denoiser":
-        raise InputError(
-            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of `ldm train-denoiser`"
-        )
+    record = read_run(workdir, "train-denoiser")
     return build(DenoiserRun, record["config"]), record["data"]
 
 
 def _load(workdir: Path, run: DenoiserRun, which: str, step: int, mesh: Mesh) -> RunWeights:
     axes = denoiser.axes(run.model)
     like = abstract_params(lambda key: denoiser.init(run.model, key), axes, mesh)
-    if which == "auto":
-        which = "ema" if run.ema.decay else "params"
-    return load_weights(workdir, like, which=which, step=None if step == -1 else step)
+    which, at = run.weights_named(which), None if step == -1 else step
+    return load_weights(workdir, like, which=which, step=at)

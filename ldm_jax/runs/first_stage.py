@@ -1,6 +1,7 @@
 """A trained first stage as later jobs need it: settings, weights and what identifies them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ldm_jax.errors import InputError
 from ldm_jax.files import digest_of
 from ldm_jax.models import autoencoder
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.settings import AutoencoderRun
 from ldm_jax.runs.workdir import read_run
-from ldm_jax.sharding import abstract_params, batch_sharding, host_array, use_mesh
+from ldm_jax.sharding import (
+    abstract_params,
+    batch_sharding,
+    fitting_batch,
+    host_array,
+    over_batches,
+    use_mesh,
+)
 from ldm_jax.train.checkpoint import load_weights
 
 BATCH = 64  # images encoded or decoded at a time
@@ -42,29 +49,23 @@ def load_first_stage(
     Those of the checkpoint `step`, -1 = the newest: "ema", "params", or "auto", the average when
     there is one.
     """
-    record = read_run(Path(workdir))
-    if record["job"] != "train-autoencoder":
-        raise InputError(
-            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of "
-            "`ldm train-autoencoder`"
-        )
-    run = build(AutoencoderRun, record["config"])
+    run = build(AutoencoderRun, read_run(workdir, "train-autoencoder")["config"])
     if run.model.latent == "identity":
         params = {"encoder": {}, "decoder": {}}
         return FirstStage(run, params, 0, tree_hash(params["encoder"]))
     axes = autoencoder.axes(run.model)
     like = abstract_params(lambda key: autoencoder.init(run.model, key), axes, mesh)
-    which = weights if weights != "auto" else "ema" if run.ema.decay else "params"
-    found = load_weights(Path(workdir), like, which=which, step=None if step == -1 else step)
+    which, at = run.weights_named(weights), None if step == -1 else step
+    found = load_weights(Path(workdir), like, which=which, step=at)
     return FirstStage(run, found.params, found.step, tree_hash(found.params["encoder"]))
 
 
 def compile_encoder(first_stage: FirstStage, mesh: Mesh, batch_size: int, mirrored: bool) -> Encode:
-    """Images uint8 [n,H,W,3], n <= batch_size, to host arrays: moments f32 [n,h,w,2C or C].
+    """Images uint8 [n,H,W,3] to host arrays: moments f32 [n,h,w,2C or C].
 
-    Also of the mirrored images where `mirrored` is set. `batch_size` divides by the mesh.
+    Also of the mirrored images where `mirrored` is set. `batch_size` images at a time, which
+    divides by the mesh.
     """
-    sharding = batch_sharding(mesh)
 
     def encode(params, image):
         with use_mesh(mesh):
@@ -75,53 +76,33 @@ def compile_encoder(first_stage: FirstStage, mesh: Mesh, batch_size: int, mirror
                 moments["moments_mirrored"] = mirror
             return moments
 
-    compiled = jax.jit(encode, out_shardings=sharding)
-
-    def filled(image: np.ndarray) -> dict[str, np.ndarray]:
-        # The last batch is filled up with copies, so that one program serves all.
-        rows = np.minimum(np.arange(batch_size), len(image) - 1)
-        moments = jax.device_get(
-            compiled(first_stage.params, jax.device_put(image[rows], sharding))
-        )
-        return {name: value[: len(image)] for name, value in moments.items()}
-
-    return filled
+    compiled = jax.jit(encode, out_shardings=batch_sharding(mesh))
+    on_batch = functools.partial(compiled, first_stage.params)
+    return lambda images: over_batches(on_batch, images, mesh, batch_size)
 
 
 def encode_images(first_stage: FirstStage, mesh: Mesh, images: np.ndarray) -> np.ndarray:
     """Images uint8 [N,H,W,3] -> moments f32 [N,h,w,2C or C], BATCH at a time over the mesh.
 
-    Mean and log-variance of a Gaussian posterior, or the latent itself. Of one process.
+    Mean and log-variance of a Gaussian posterior, or the latent itself.
     """
-    size = _batch_size(mesh, len(images))
-    encode = compile_encoder(first_stage, mesh, size, False)
-    parts = [encode(images[i : i + size])["moments"] for i in range(0, len(images), size)]
-    return np.concatenate(parts)
+    size = fitting_batch(min(BATCH, len(images)), mesh)
+    return compile_encoder(first_stage, mesh, size, False)(images)["moments"]
 
 
 def decode_latents(first_stage: FirstStage, mesh: Mesh, z: np.ndarray) -> np.ndarray:
     """Latents f32 [N,h,w,C], as the encoder gives them -> images uint8 [N,H,W,3].
 
-    BATCH at a time over the mesh. Of one process.
+    BATCH at a time over the mesh.
     """
-    size, sharding = _batch_size(mesh, len(z)), batch_sharding(mesh)
 
     def decode(params, z):
         with use_mesh(mesh):
             return autoencoder.to_uint8(autoencoder.decode(first_stage.config, params, z))
 
-    compiled, parts = jax.jit(decode, out_shardings=sharding), []
-    for start in range(0, len(z), size):
-        rows = np.minimum(np.arange(start, start + size), len(z) - 1)
-        images = compiled(first_stage.params, jax.device_put(z[rows], sharding))
-        parts.append(np.asarray(images)[: len(z) - start])
-    return np.concatenate(parts)
-
-
-def _batch_size(mesh: Mesh, count: int) -> int:
-    """At most about BATCH, and what divides over the mesh."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-min(BATCH, count) // ways) * ways
+    compiled = jax.jit(decode, out_shardings=batch_sharding(mesh))
+    size = fitting_batch(min(BATCH, len(z)), mesh)
+    return over_batches(functools.partial(compiled, first_stage.params), z, mesh, size)
 
 
 def tree_hash(params: Any) -> str:

@@ -1,6 +1,7 @@
 """The denoising loss of held-out latents on draws that never change, while a denoiser trains."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 from zlib import crc32
@@ -15,14 +16,14 @@ from ldm_jax.models import conditions
 from ldm_jax.runs.build import LatentFacts, denoising_of
 from ldm_jax.runs.reconstruction import spread
 from ldm_jax.runs.settings import DenoiserRun
-from ldm_jax.sharding import batch_sharding, host_array, process_slice, put_batch, use_mesh
+from ldm_jax.sharding import batch_sharding, fitting_batch, over_batches, use_mesh
 from ldm_jax.train.denoiser import PerExample, bin_of, per_example
 from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.step import POSITION
 
 SEED = crc32(b"eval")
-"""Of the draws: no run's own, so that runs of different seeds are judged on the same noise."""
+"""Of the draws: that of no run, so that runs of different seeds are judged on the same noise."""
 
 Measure = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 
@@ -30,11 +31,12 @@ Measure = Callable[[Any], tuple[np.ndarray, np.ndarray]]
 def compile_losses(
     losses: PerExample, batch: dict[str, np.ndarray], indices: np.ndarray, mesh: Mesh, size: int
 ) -> Measure:
-    """params -> (losses, times), f32 [N] each, of the examples `indices` [N], whose rows are given.
+    """params -> (losses, times), f32 [N] each, of the examples `indices` [N], the rows of `batch`.
 
     `size` rows at a time, rounded up to the mesh. An example's draws come from its index alone.
     Every process must call it, and gets all of them.
     """
+    batch, size = {**batch, POSITION: indices.astype(np.int32)}, fitting_batch(size, mesh)
 
     def forward(params, rows):
         with use_mesh(mesh):
@@ -42,23 +44,7 @@ def compile_losses(
             return examples.loss, examples.times
 
     forward = jax.jit(forward, out_shardings=batch_sharding(mesh))
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-size // ways) * ways
-    shard, count = process_slice(size, mesh)
-    own = np.arange(size).reshape(count, -1)[shard]
-    batch = {**batch, POSITION: indices.astype(np.int32)}
-
-    def measure(params):
-        out = []
-        for start in range(0, len(indices), size):
-            # The last batch is filled up with copies.
-            rows = np.minimum(start + own, len(indices) - 1)
-            part = put_batch({name: x[rows] for name, x in batch.items()}, mesh, size)
-            out.append([host_array(x) for x in forward(params, part)])
-        value, times = (np.concatenate(x)[: len(indices)] for x in zip(*out, strict=True))
-        return value, times
-
-    return measure
+    return lambda params: over_batches(functools.partial(forward, params), batch, mesh, size)
 
 
 def hook(config: DenoiserRun, facts: LatentFacts, mesh: Mesh, cache: LatentCache) -> Hook:

@@ -1,5 +1,6 @@
 """Reconstructions of a first stage on the mesh, and their figures, also while it trains."""
 
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from ldm_jax.eval.image_sets import ImageStream, open_split
 from ldm_jax.eval.images_out import grid
 from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.eval.reconstruction import psnr
-from ldm_jax.eval.statistics import local_rows, pad_rows
+from ldm_jax.eval.statistics import over_local_rows, rows_per_process
 from ldm_jax.interop import pretrained
 from ldm_jax.models import autoencoder
 from ldm_jax.models.frozen import lpips as perceptual_net
@@ -25,10 +26,9 @@ from ldm_jax.runs.settings import AutoencoderRun
 from ldm_jax.sharding import (
     MeshConfig,
     batch_sharding,
-    host_array,
+    fitting_batch,
     make_mesh,
-    process_slice,
-    put_batch,
+    over_batches,
     use_mesh,
 )
 from ldm_jax.train.first_stage import AutoencoderLoss
@@ -70,20 +70,10 @@ def compile_reconstruction(
     `batch_size` images at a time, rounded up to the mesh, so that one program serves any N. Every
     process must call it, with the same images, and gets all of them.
     """
-    forward = compile_forward(config, mesh)
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-batch_size // ways) * ways
-    index, count = process_slice(size, mesh)
-    ours = np.arange(size).reshape(count, -1)[index]
+    forward, size = compile_forward(config, mesh), fitting_batch(batch_size, mesh)
 
     def reconstruct(params, pictures):
-        out = []
-        for start in range(0, len(pictures), size):
-            # The last batch is filled up with copies.
-            rows = np.minimum(start + ours, len(pictures) - 1)
-            image = put_batch(pictures[rows], mesh, size)
-            out.append(host_array(forward(params, image)))
-        return np.concatenate(out)[: len(pictures)]
+        return over_batches(functools.partial(forward, params), pictures, mesh, size)
 
     return reconstruct
 
@@ -225,17 +215,15 @@ def prepare_judged(
         num=originals.num,
         reference=originals,
     )
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(JUDGED_BATCH, originals.num) // ways) * ways
-    rows = size // process_slice(size, mesh)[1]
-    forward, source = compile_forward(first_stage.config, mesh), originals.open(rows)
+    size = fitting_batch(min(JUDGED_BATCH, originals.num), mesh)
+    rows = rows_per_process(size, mesh)
+    forward = functools.partial(compile_forward(first_stage.config, mesh), first_stage.params)
+    source = originals.open(rows)
 
     def read(indices: np.ndarray) -> np.ndarray:
-        pictures = put_batch(pad_rows(source(indices), rows), mesh, size)
-        return local_rows(forward(first_stage.params, pictures))[: len(indices)]
+        return over_local_rows(forward, source(indices), mesh, size)
 
-    which = "ema" if first_stage.run.ema.decay else "params"
-    which = which if weights == "auto" else weights
+    which = first_stage.run.weights_named(weights)
     digest = f"{originals.digest} by {tree_hash(first_stage.params)[:16]}"
     rebuilt = ImageStream(originals.num, lambda rows: read, "the reconstructions", digest, rows)
 

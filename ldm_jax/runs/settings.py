@@ -1,4 +1,4 @@
-"""What a run is told: one frozen dataclass per kind of training; `config_files` fills them."""
+"""The settings of a run: one frozen dataclass per kind of training; `config_files` fills them."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +21,7 @@ from ldm_jax.train.optim import OptimConfig
 
 @dataclasses.dataclass(frozen=True)
 class Run(LoopConfig):
-    """What both trainings are told beside the pace of their loop."""
+    """The settings of both trainings, beside the pace of their loop."""
 
     seed: int = 0
     batch_size: int = 32  # examples per step, over all devices
@@ -38,6 +38,10 @@ class Run(LoopConfig):
             raise InputError(f"seed {self.seed} must be in 0..2**32 - 1")
         within("accumulate", self.accumulate, "[1, inf)")
         within("data_threads", self.data_threads, "[1, inf)")
+
+    def weights_named(self, name: str) -> str:
+        """The weights that a name means: "auto" is the average when there is one."""
+        return name if name != "auto" else "ema" if self.ema.decay else "params"
 
 
 @dataclasses.dataclass(frozen=True)

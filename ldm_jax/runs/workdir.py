@@ -1,6 +1,5 @@
 """The run directory: `run.json` says what ran, and a second start is held against it."""
 
-import datetime
 import importlib.metadata
 import json
 import subprocess
@@ -12,7 +11,8 @@ import jax
 from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
-from ldm_jax.files import read_json, write_json
+from ldm_jax.files import read_json, utc_now, write_json
+from ldm_jax.interop.names import flatten
 from ldm_jax.runs.config_files import build, to_json
 
 PACKAGES = ("ldm_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -60,7 +60,7 @@ def describe(job: str, config: dict[str, Any], mesh: Mesh, data: dict[str, Any])
         "config": config,
         "data": data,
         "command": sys.argv,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": utc_now(),
         "git": git_state(Path(__file__).parent),
         "python": sys.version.split()[0],
         "packages": {p: _version(p) for p in PACKAGES},
@@ -81,8 +81,8 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def read_run(workdir: Path) -> dict[str, Any]:
-    """run.json of a workdir; raises InputError where there is none."""
+def read_run(workdir: str | Path, job: str = "") -> dict[str, Any]:
+    """run.json of a workdir; raises InputError where there is none, or one of another `job`."""
     path = Path(workdir) / "run.json"
     if not path.is_file():
         raise InputError(
@@ -98,6 +98,10 @@ def read_run(workdir: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} is damaged ({type(error).__name__}); put back a copy, or use a new workdir"
         ) from error
+    if job and record["job"] != job:
+        raise InputError(
+            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of `ldm {job}`"
+        )
     return record
 
 
@@ -159,7 +163,7 @@ def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) 
             "another workdir"
         )
     for part in ("config", "data"):
-        old, new = _flatten(previous[part]), _flatten(record[part])
+        old, new = flatten(previous[part], "."), flatten(record[part], ".")
         different = [
             f"{key} is {old.get(key, 'absent')!r} there and {new.get(key, 'absent')!r} now"
             for key in sorted(old.keys() | new.keys())
@@ -179,12 +183,3 @@ def _is_free(key: str, config: dict[str, Any]) -> bool:
     if key == "num_steps":
         return config.get("optim.schedule") != "cosine"
     return key.split(".")[0] in FREE_FIELDS
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}.{key}" if prefix else key)
-    return flat

@@ -27,7 +27,7 @@ from ldm_jax.sampling.program import (
     numbers_of,
     weights_of,
 )
-from ldm_jax.sharding import batch_sharding, check_batch, host_array
+from ldm_jax.sharding import batch_sharding, check_batch, fitting_batch, host_array
 
 Fields = Mapping[str, np.ndarray]
 NO_FIELDS: Fields = MappingProxyType({})
@@ -47,8 +47,7 @@ def check_options(options: SampleOptions, model: Model) -> SampleOptions:
     check_guidance(options, model)
     check_sizes(options, model)
     classes = checked_classes(options, model.run)
-    ways = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    batch = options.batch_size or -(-min(options.num, 100) // ways) * ways
+    batch = options.batch_size or fitting_batch(min(options.num, 100), model.mesh)
     check_batch(batch, model.mesh)
     return dataclasses.replace(options, classes=classes, batch_size=batch)
 

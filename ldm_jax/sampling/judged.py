@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -14,7 +15,7 @@ from ldm_jax.eval.evaluation import check_keep, evaluate, prepare
 from ldm_jax.eval.image_sets import ImageStream, open_split
 from ldm_jax.eval.images_out import png_bytes
 from ldm_jax.eval.judge import JudgeOptions
-from ldm_jax.eval.statistics import local_rows, pad_rows
+from ldm_jax.eval.statistics import over_local_rows, rows_per_process
 from ldm_jax.models.latents import SampleCodec
 from ldm_jax.runs.denoiser import Model
 from ldm_jax.runs.first_stage import FirstStage, tree_hash
@@ -24,7 +25,6 @@ from ldm_jax.sampling.draw import check_options
 from ldm_jax.sampling.inputs import conditional, label_table, sample_rows
 from ldm_jax.sampling.options import SampleOptions
 from ldm_jax.sampling.program import compile_sampler, numbers_of, weights_of
-from ldm_jax.sharding import process_slice, put_batch
 from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.state import TrainState
 
@@ -44,19 +44,19 @@ def compile_samples(model: Model, options: SampleOptions, labels: str) -> Draw:
     for name in ("noise", "init_images"):
         if getattr(options, name):
             raise InputError(f"{name} {getattr(options, name)!r} is of `ldm sample`; leave it out")
-    size = options.batch_size
-    rows = size // process_slice(size, model.mesh)[1]
+    rows = rows_per_process(options.batch_size, model.mesh)
     label_of, program = label_table(options, labels), compile_sampler(model, options)
     numbers = numbers_of(options, make_process(model.run.process))
 
     def draw(model: Model, keep: Path | None) -> ImageStream:
         weights = weights_of(model)
 
+        def images(batch: dict[str, Any]) -> jax.Array:
+            return program(weights, numbers, batch)[0]
+
         def read(indices: np.ndarray) -> np.ndarray:
-            index = pad_rows(np.asarray(indices, np.int32), rows)
-            batch = put_batch(sample_rows(model.run, index, label_of(index)), model.mesh, size)
-            drawn, _ = program(weights, numbers, batch)
-            pictures = local_rows(drawn)[: len(indices)]
+            batch = sample_rows(model.run, indices, label_of(indices))
+            pictures = over_local_rows(images, batch, model.mesh, options.batch_size)
             if keep is not None:
                 keep.mkdir(parents=True, exist_ok=True)
                 for i, picture in zip(indices, pictures, strict=True):
@@ -148,7 +148,7 @@ def hook(
         run=config,
         params={},
         step=0,
-        which="ema" if config.ema.decay else "params",
+        which=config.weights_named("auto"),
         first_stage=first_stage,
         codec=codec,
         latent_shape=first_stage.config.latent_shape,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose, within
 from ldm_jax.models import discriminator
 from ldm_jax.models.discriminator import DiscriminatorConfig
 
@@ -34,22 +34,10 @@ class AdversarialConfig:
     def __post_init__(self):
         if self.start >= 2**31:
             raise InputError(f"adversarial start {self.start} must be below 2**31")
-        if self.loss not in LOSSES:
-            raise InputError(
-                f"adversarial loss {self.loss!r} is unknown; choose one of {sorted(LOSSES)}"
-            )
-        for name in (
-            "weight",
-            "start",
-            "max_adaptive_weight",
-            "lr_factor",
-            "lecam_weight",
-            "gradient_penalty",
-        ):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(
-                    f"adversarial {name} {getattr(self, name)} must be finite and not negative"
-                )
+        choose("adversarial loss", self.loss, sorted(LOSSES))
+        for field in dataclasses.fields(self):
+            if field.type in (int, float):
+                within(f"adversarial {field.name}", getattr(self, field.name), "[0, inf)")
 
 
 def hinge(real: jax.Array, fake: jax.Array) -> jax.Array:

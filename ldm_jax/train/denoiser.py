@@ -1,4 +1,4 @@
-"""What a denoiser is trained on: its draws, and the loss of each example."""
+"""A denoiser's training: its draws, and the loss of each example."""
 
 import dataclasses
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class DenoiserLoss:
 
 @dataclasses.dataclass(frozen=True)
 class Denoising:
-    """All that says what a denoiser's loss is."""
+    """All that a denoiser's loss depends on."""
 
     model: DenoiserConfig
     process: Process
@@ -56,20 +56,20 @@ PerExample = Callable[[Any, Any, Batch, Any], Examples]
 """(trained parameters, frozen networks, batch, step) -> losses."""
 
 
-def per_example(of: Denoising) -> PerExample:
+def per_example(denoising: Denoising) -> PerExample:
     """{"moments": f32 [B,h,w,M], entries of the conditions ...} -> each example's denoising loss.
 
     Every draw is a function of the seed, the step and the row's position in the global batch. The
     loss is by the uncertainty where the parameters have one, which an average has not: evaluation
     is plain.
     """
-    model, process, aim = of.model, of.process, of.objective
+    model, process, config = denoising.model, denoising.process, denoising.objective
 
     def compute(params: Any, frozen: Any, batch: Batch, step: Any) -> Examples:
         rows = positions(batch)
 
         def keys(purpose: str) -> jax.Array:
-            return draw_keys(of.seed, purpose, step, rows)
+            return draw_keys(denoising.seed, purpose, step, rows)
 
         def network(z_t: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
             return denoiser.apply(model, params, z_t, t, cond)
@@ -77,24 +77,24 @@ def per_example(of: Denoising) -> PerExample:
         def log_loss(t: jax.Array) -> jax.Array:
             return uncertainty.apply(params["uncertainty"], process.unit_time(t))
 
-        z0 = of.codec.encode(batch["moments"], keys("posterior"))
+        z0 = denoising.codec.encode(batch["moments"], keys("posterior"))
         noise = constrain(normal_like(keys("noise"), z0), "batch", "height", "width", "channels")
-        t = noise_levels.draw_times(process, aim.noise_levels, keys("timestep"))
+        t = noise_levels.draw_times(process, config.noise_levels, keys("timestep"))
         dropped = jax.vmap(jax.random.uniform)(keys("condition_dropout"))
         cond = {name: batch[name] for name in conditions.entries(model.conditions)}
-        cond = conditions.drop(model.conditions, cond, dropped < of.loss.condition_dropout)
-        if aim.offset_noise:
-            noise = objective.offset(aim, keys("offset_noise"), noise)
-        learned = bool(aim.uncertainty) and "uncertainty" in params
+        cond = conditions.drop(model.conditions, cond, dropped < denoising.loss.condition_dropout)
+        if config.offset_noise:
+            noise = objective.offset(config, keys("offset_noise"), noise)
+        learned = bool(config.uncertainty) and "uncertainty" in params
         denoised = objective.denoising_loss(
             at_network(process, network),
             process,
-            aim,
+            config,
             z0=z0,
             noise=noise,
             t=t,
             cond=cond,
-            penalty=of.loss.kind,
+            penalty=denoising.loss.kind,
             uncertainty=log_loss if learned else None,
         )
         return Examples(denoised.loss, process.unit_time(t), z0, denoised.x0)

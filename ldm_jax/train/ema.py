@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, within
 
 MAIN = "ema"
 POWER = "ema-power-"  # before the width, in the names of power-function averages
@@ -27,13 +27,12 @@ POWER = "ema-power-"  # before the width, in the names of power-function average
 class EmaConfig:
     decay: float = 0.9999  # 0 = keep no average
     warmup: bool = True  # decay at most (1 + n) / (10 + n) at update n = 1, 2, ...
-    more: tuple[float, ...] = ()  # further decays, each an average of its own
+    more: tuple[float, ...] = ()  # further decays, an average for each
     power: tuple[float, ...] = ()  # widths of power-function averages, as (0.05, 0.1)
     snapshot_every: int = 0  # steps between snapshots of those, for `ldm ema`; 0 = none
 
     def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise InputError(f"ema decay {self.decay} must be in [0, 1); 0 keeps no average")
+        within("ema decay", self.decay, "[0, 1)", "0 keeps no average")
         for decay in self.more:
             if not 0 < decay < 1:
                 raise InputError(f"ema more {self.more}: {decay} must be in (0, 1)")
@@ -106,13 +105,11 @@ def _decays(config: EmaConfig) -> tuple[float, ...]:
 WIDEST = 12**-0.5  # gamma 0: the plain mean of all steps
 
 
-def width_of(gamma: float) -> float:
-    """sigma_rel, the standard deviation of the profile as a share of t (EDM2, eq. 10)."""
-    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
-
-
 def gamma_of(width: float) -> float:
-    """The exponent of a profile of width sigma_rel in (0, WIDEST]; InputError outside of it."""
+    """The exponent of a profile of width sigma_rel in (0, WIDEST]; InputError outside of it.
+
+    sigma_rel is the standard deviation of the profile as a share of t (EDM2, eq. 10).
+    """
     if not 0 < width <= WIDEST + 1e-12:
         raise InputError(
             f"ema width {width} must be in (0, {WIDEST:.4f}]: it is a share of the training, 0.05 "

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ldm_jax.errors import InputError, choose
+from ldm_jax.errors import choose, within
 from ldm_jax.keys import key_for
 from ldm_jax.models import autoencoder, latents, quantizer
 from ldm_jax.models.frozen import lpips
@@ -56,9 +56,8 @@ class AutoencoderLoss:
         choose("loss reduction", self.reduction, ("sum", "mean"))
         choose("pixel loss", self.pixel, sorted(PIXEL_LOSSES))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_weight") and not 0 <= value < float("inf"):
-                raise InputError(f"loss {field.name} {value} must be finite and not negative")
+            if field.name.endswith("_weight"):
+                within(f"loss {field.name}", getattr(self, field.name), "[0, inf)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +104,7 @@ def training_loss(recipe: Recipe) -> Loss:
         trained: Any, extra: dict[str, Any], frozen: Any, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Seen]:
         adversary = extra["discriminator"]["params"] if "discriminator" in extra else None
-        perceptual = frozen.get("lpips")
-        value, seen = autoencoder_loss(recipe, trained, batch, step, adversary, perceptual)
-        metrics = seen.pop("metrics")
-        return value, Seen(metrics, seen)
+        return autoencoder_loss(recipe, trained, batch, step, adversary, frozen.get("lpips"))
 
     return compute
 
@@ -178,8 +174,8 @@ def reconstruction_loss(
 
 def autoencoder_loss(
     recipe: Recipe, params: Any, batch: Batch, step: jax.Array, adversary: Any, perceptual: Any
-) -> tuple[jax.Array, dict[str, Any]]:
-    """{"image": uint8 [B,H,W,3]} -> the autoencoder's loss, and {"metrics", "x", "x_hat", ...}.
+) -> tuple[jax.Array, Seen]:
+    """{"image": uint8 [B,H,W,3]} -> the autoencoder's loss, its metrics, arrays `x`, `x_hat`, ...
 
     `adversary` are the discriminator's parameters, None without one; `perceptual` those of LPIPS.
     The two gradients that the adaptive weight compares are taken once, with respect to the image,
@@ -207,7 +203,9 @@ def autoencoder_loss(
     metrics = {"reconstruction": value, **parts, **metrics}
     if adversary is not None:
         last = jax.lax.stop_gradient((params["decoder"]["conv_out"], features))
-        terms = _adversarial_terms(recipe, adversary, fixed, cotangent, *last, step)
+        terms = _adversarial_terms(
+            recipe, adversary, fixed, cotangent=cotangent, last=last, step=step
+        )
         value += terms["adversarial_weight"] * terms["generator"]
         cotangent += terms["adversarial_weight"] * terms.pop("gradient")
         metrics |= terms
@@ -215,7 +213,7 @@ def autoencoder_loss(
     if loss.equivariance_weight:
         metrics["equivariance"] = _equivariance(recipe, params, perceptual, x, z, step)
         total += loss.equivariance_weight * metrics["equivariance"]
-    return total, {"metrics": metrics, "x": x, "x_hat": fixed, **codes}
+    return total, Seen(metrics, {"x": x, "x_hat": fixed, **codes})
 
 
 def _regularise(recipe, params, moments, z, elements):
@@ -234,9 +232,12 @@ def _regularise(recipe, params, moments, z, elements):
     return z_decoded, scale * loss.codebook_weight * q_loss, {"codebook": q_loss, **use}, codes
 
 
-def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features, step):
-    """The generator's loss, its weight, its gradient by the image; zeros before its start."""
-    config = recipe.adversarial
+def _adversarial_terms(recipe, adversary, x_hat, *, cotangent, last, step):
+    """The generator's loss, its weight, its gradient by the image; zeros before its start.
+
+    `last` are the parameters of the decoder's last layer and the features that it sees.
+    """
+    config, (layer, features) = recipe.adversarial, last
 
     def turn():
         # Whoever sees the discriminator first sets its act norms, and by the same images.
@@ -250,10 +251,10 @@ def _adversarial_terms(recipe, adversary, x_hat, cotangent, last_layer, features
         if config.adaptive:
 
             def image(kernel):
-                decoder = {"conv_out": {**last_layer, "kernel": kernel}}
+                decoder = {"conv_out": {**layer, "kernel": kernel}}
                 return autoencoder.to_image(recipe.model, {"decoder": decoder}, features)
 
-            pullback = jax.vjp(image, last_layer["kernel"])[1]
+            pullback = jax.vjp(image, layer["kernel"])[1]
             by_kernel = pullback(cotangent)[0], pullback(gradient)[0]
             weight *= adversarial.adaptive_weight(*by_kernel, config.max_adaptive_weight)
         return {"generator": value, "adversarial_weight": weight, "gradient": gradient}

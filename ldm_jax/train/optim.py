@@ -7,7 +7,6 @@ goes to AdamW at the same learning rate: an orthogonal update is scaled to the R
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -16,12 +15,11 @@ import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose, within
 from ldm_jax.sharding import key_name
 
-MUON_RMS = (
-    0.2  # of an update over the learning rate, as AdamW's (Liu et al., 2025, arXiv 2502.16982)
-)
+# Of an update over the learning rate, as AdamW's (Liu et al., 2025, arXiv 2502.16982).
+MUON_RMS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +42,13 @@ class OptimConfig:
 
     def __post_init__(self):
         for name in ("lr", "warmup_steps", "weight_decay", "clip_norm", "final_lr_fraction", "eps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(
-                    f"optim {name} {getattr(self, name)} must be finite and not negative"
-                )
+            within(f"optim {name}", getattr(self, name), "[0, inf)")
         for name in ("b1", "b2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"optim {name} {getattr(self, name)} must be in [0, 1)")
-        if self.decay_steps < 1:
-            raise InputError(f"optim decay_steps {self.decay_steps} must be at least 1")
-        for name, known in (
-            ("name", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("weight_decay_mask", MASKS),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"optim {name} {getattr(self, name)!r} is unknown; choose one of {list(known)}"
-                )
+            within(f"optim {name}", getattr(self, name), "[0, 1)")
+        within("optim decay_steps", self.decay_steps, "[1, inf)")
+        choose("optim name", self.name, OPTIMIZERS)
+        choose("optim schedule", self.schedule, SCHEDULES)
+        choose("optim weight_decay_mask", self.weight_decay_mask, MASKS)
         if self.name == "adam" and self.weight_decay:
             raise InputError(
                 f"optim name 'adam' has no weight decay, weight_decay is {self.weight_decay}; set "
@@ -185,7 +172,7 @@ def _adafactor(
 ) -> optax.GradientTransformation:
     """Absolute steps, so that AdamW's learning rate is about right; factored from 128 x 128 on."""
 
-    def decay(n: Any) -> Any:  # optax's own is not times the rate
+    def decay(n: Any) -> Any:  # optax's is not times the rate
         return config.weight_decay * rate(n)
 
     return optax.adafactor(
@@ -228,7 +215,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 
 
 def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
-    """optax.clip_by_global_norm, to which `update(..., norm=...)` may tell the norm.
+    """optax.clip_by_global_norm, to which `update(..., norm=...)` may give the norm.
 
     A step knows it already; taken once more it would be another kernel for every parameter.
     """

@@ -20,6 +20,7 @@ from ldm_jax.sharding import (
     batch_sharding,
     constrain,
     param_shardings,
+    placed,
     replicated,
     state_shardings,
     use_mesh,
@@ -139,15 +140,6 @@ def compiler_options(mesh: Mesh) -> dict[str, Any]:
     level = "xla_backend_optimization_level"
     cpu = mesh.devices.flat[0].platform == "cpu"
     return {level: 1} if cpu and level not in os.environ.get("XLA_FLAGS", "") else {}
-
-
-def placed(shapes: Any, shardings: Any) -> Any:
-    """Shapes and types with shardings."""
-    return jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
 
 
 def start(training: Training, params: Any) -> TrainState:

@@ -163,7 +163,8 @@ def test_autoguidance_goes_from_the_bad_model_through_the_good_one():
     good = conditional()
 
     def at(scale):
-        return guidance.autoguidance(denoiser, bad, scale)(Z_T, T, COND)
+        contrast = guidance.bad_and_good(bad, denoiser)
+        return guidance.guide(contrast, guidance.extrapolate(scale))(Z_T, T, COND)
 
     np.testing.assert_array_equal(at(1.0), good)
     np.testing.assert_array_equal(at(0.0), bad(Z_T, T, COND))

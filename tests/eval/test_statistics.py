@@ -215,7 +215,7 @@ def test_processes_go_on_from_the_last_position_that_all_have(tmp_path, monkeypa
         return np.array([latest, latest_of_other])
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(accumulate, "_wait_for_all", wait)
+    monkeypatch.setattr(accumulate, "wait_for_all", wait)
     monkeypatch.setattr(accumulate, "gather_exact", gather)
     rng, state = np.random.default_rng(0), begin(tmp_path)
     parts = [{t: rng.random((8, w), np.float32) for t, w in tiny.WIDTHS.items()} for _ in range(2)]

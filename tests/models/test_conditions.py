@@ -117,7 +117,7 @@ def test_unconditional_model_has_no_parameters_signals_or_entries():
     assert conditions.entries({}) == {} == conditions.unconditioned({}, {})
     assert conditions.widths({}) == Widths(0, 0, 0)
     assert conditions.drop({}, {}, jnp.array([True])) == {}
-    assert not conditions.can_drop({}) and conditions.num_classes({}) == 0
+    assert conditions.num_classes({}) == 0
 
 
 def test_axes_name_every_dimension(params):
@@ -171,7 +171,6 @@ def test_a_condition_whose_null_is_empty_is_always_kept():
     ):
         assert silent["kept"] is cond["kept"]
         np.testing.assert_array_equal(silent["label"], [7, 7])
-    assert conditions.can_drop(both) and not conditions.can_drop({"kept": both["kept"]})
 
 
 def test_tokens_of_two_conditions_stand_side_by_side_in_their_order():

@@ -123,9 +123,9 @@ def ours(kind):
 
         (total, seen), gradients = jax.value_and_grad(compute, has_aux=True)(params)
         real, fake = (
-            discriminator.apply(NETWORK, adversary, seen[name])[0] for name in ("x", "x_hat")
+            discriminator.apply(NETWORK, adversary, seen.arrays[name])[0] for name in ("x", "x_hat")
         )
-        metrics = seen["metrics"]
+        metrics = seen.metrics
         scalars = {
             "total": total,
             "nll": metrics["reconstruction"],

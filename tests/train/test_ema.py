@@ -9,7 +9,7 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.train import ema
-from ldm_jax.train.ema import WIDEST, coefficients, gamma_of, inner, width_of
+from ldm_jax.train.ema import WIDEST, coefficients, gamma_of, inner
 
 
 def parameters(k):
@@ -104,8 +104,11 @@ WIDTHS = [0.02, 0.05, 0.1, 0.15, 0.25]
 
 
 @pytest.mark.parametrize("width", [0.01, *WIDTHS, WIDEST])
-def test_width_and_exponent_are_inverses(width):
-    np.testing.assert_allclose(width_of(gamma_of(width)), width, rtol=1e-10)
+def test_a_profile_of_the_exponent_has_the_width(width):
+    """EDM2, eq. 10: the standard deviation of the profile as a share of t."""
+    gamma = gamma_of(width)
+    found = ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
+    np.testing.assert_allclose(found, width, rtol=1e-10)
 
 
 def test_published_exponents():

@@ -54,7 +54,7 @@ def test_loss_sums_over_pixels_and_latents_and_averages_over_images(by_hand):
         return autoencoder_loss(how, p, batch, np.int32(step), None, None)
 
     total, seen = compute({"encoder": p, "decoder": p}, {"image": IMAGES})
-    parts = seen["metrics"]
+    parts = seen.metrics
 
     x = IMAGES / 127.5 - 1.0
     mean, logvar = p * x, -p * x
@@ -93,7 +93,7 @@ def test_equivariance_is_nothing_where_the_latent_is_the_image(by_hand, monkeypa
     def of(factor, step):
         params = {"encoder": {}, "decoder": factor}
         total, seen = autoencoder_loss(how, params, {"image": IMAGES}, step, None, None)
-        return total, seen["metrics"]["equivariance"]
+        return total, seen.metrics["equivariance"]
 
     of = jax.jit(of)
     values = []
@@ -154,7 +154,7 @@ def gradients(request):
 
         weight = jnp.clip(norm("nll") / (norm("g") + 1e-4), 0, 1e4) * how.adversarial.weight
         theirs = jax.grad(lambda p: of(p, "nll") + weight * of(p, "g") + of(p, "reg"))(params)
-        return ours, theirs, seen["metrics"], weight
+        return ours, theirs, seen.metrics, weight
 
     return jax.jit(both)(params)
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.sharding import MeshConfig, make_mesh, replicated
+from ldm_jax.sharding import MeshConfig, make_mesh, placed, replicated
 from ldm_jax.train import loop
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.log import read_metrics
 from ldm_jax.train.state import TrainState
-from ldm_jax.train.step import Trainer, placed
+from ldm_jax.train.step import Trainer
 
 NUM_STEPS = 7
 CONFIG = loop.LoopConfig(num_steps=NUM_STEPS, log_every=3, checkpoint_every=100)

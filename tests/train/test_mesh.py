@@ -10,10 +10,17 @@ from ldm_jax.data import stream
 from ldm_jax.data.records.reader import open_cache
 from ldm_jax.jobs import train_autoencoder, train_denoiser
 from ldm_jax.runs.build import denoising_of, facts_of_config
-from ldm_jax.sharding import MeshConfig, host_array, make_mesh, process_slice, put_batch, use_mesh
+from ldm_jax.sharding import (
+    MeshConfig,
+    host_array,
+    make_mesh,
+    placed,
+    process_slice,
+    put_batch,
+    use_mesh,
+)
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.log import read_metrics
-from ldm_jax.train.step import placed
 from tests import tiny
 from tests.train.test_denoiser import drawn
 

@@ -301,7 +301,7 @@ def test_rows_carry_their_positions_and_stay_on_their_devices():
 def test_a_batch_that_does_not_split_is_refused():
     mesh = mesh_of(MeshConfig(2, 4, 1))
     check_batch(64, mesh, parts=4)
-    with pytest.raises(InputError, match=r"48 must divide by 32 .*accumulate=4\); nearest: 64"):
+    with pytest.raises(InputError, match=r"48 must divide by 32, .*accumulate=4; nearest: 64"):
         check_batch(48, mesh, parts=4)
     with pytest.raises(InputError, match="accumulate 0 must be"):
         DenoiserRun(accumulate=0)

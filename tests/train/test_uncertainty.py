@@ -118,5 +118,5 @@ def test_uncertainty_varies_with_time_and_is_linear_in_its_weights():
     assert u.dtype == jnp.float32 and np.std(u) > 0.1
     double = uncertainty.apply({"weight": 2 * weight}, jnp.asarray(TIMES))
     np.testing.assert_allclose(double, 2 * u, rtol=1e-5, atol=1e-5)
-    with pytest.raises(InputError, match="uncertainty -1 must not be negative"):
+    with pytest.raises(InputError, match="uncertainty -1 must be at least 0"):
         Objective(uncertainty=-1)

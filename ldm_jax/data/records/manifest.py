@@ -150,14 +150,14 @@ def load_manifest(directory: Path) -> Manifest:
 
 
 def refuse_difference(
-    directory: Path, have: dict[str, Any], want: dict[str, Any], asker: str, remedy: str
+    directory: Path, have: dict[str, Any], want: dict[str, Any], who: str, remedy: str
 ) -> None:
     """Raises InputError that names the first field of `want` whose value in `have` differs."""
     for field, wanted in want.items():
         assert field in have, f"a latent cache has no field {field!r}; it has {sorted(have)}"
         if _plain(have[field]) != _plain(wanted):
             raise InputError(
-                f"latent cache {directory}: {field} is {_short(have[field])} but {asker} "
+                f"latent cache {directory}: {field} is {_short(have[field])} but {who} "
                 f"{_short(wanted)}; {remedy}"
             )
 

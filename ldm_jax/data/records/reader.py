@@ -24,7 +24,7 @@ from ldm_jax.files import sha256
 Batch = dict[str, np.ndarray]
 RECORD_BYTES_KEPT = 1 << 30  # of decoded records; two windows of the order should fit
 _HEAL = "run `ldm cache-latents` again: it writes only the shards that are missing or damaged"
-_ASKER = {"encoder_hash": "the autoencoder given has"}
+_WHO = {"encoder_hash": "the autoencoder given has"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +156,9 @@ def open_cache(
     manifest = load_manifest(directory)
     have = dataclasses.asdict(manifest)
     for field, wanted in (expect or {}).items():
-        asker = _ASKER.get(field, "this run expects")
+        who = _WHO.get(field, "this run expects")
         remedy = "use what made this cache, or run `ldm cache-latents` with another --out"
-        refuse_difference(directory, have, {field: wanted}, asker, remedy)
+        refuse_difference(directory, have, {field: wanted}, who, remedy)
     planned = plan_shards(manifest.num_examples, manifest.shard_examples)
     names = [[(s.name, s.num_examples) for s in shards] for shards in (planned, manifest.shards)]
     if names[0] != names[1]:

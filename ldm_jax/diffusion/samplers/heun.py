@@ -19,7 +19,7 @@ def heun(
 
     Of dz = x0 d alpha + eps d sigma; for a discrete process of z / alpha, whose data is unscaled.
     """
-    starts = _Starts(grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1], np.zeros(grid.num_steps))
+    starts = _Starts(*grid.starts, np.zeros(grid.num_steps))
     return _walk(predict, grid, starts, z_T, cond, keys, **options)
 
 
@@ -93,20 +93,19 @@ def _walk(
     }
     noisy = bool(np.any(of_noise))
 
-    def body(z_t: jax.Array, memory: Any, at: loop.Step, of: Any) -> tuple:
+    def body(z_t: jax.Array, memory: Any, step: loop.Step, c: Any) -> tuple:
         if noisy:
-            noise = loop.step_noise(keys, at.index, z_t)
-            z_t = (z_t + temperature * of["of_noise"] * noise).astype(z_t.dtype)
-        x0, eps, *_ = predict(z_t, loop.at(of["t"], z_t), cond)
-        euler = of["alpha_to"] * x0 + of["sigma_to"] * eps
+            noise = loop.step_noise(keys, step.index, z_t)
+            z_t = (z_t + temperature * c["of_noise"] * noise).astype(z_t.dtype)
+        x0, eps, *_ = predict(z_t, loop.at(c["t"], z_t), cond)
+        euler = c["alpha_to"] * x0 + c["sigma_to"] * eps
 
         def corrected() -> jax.Array:
-            x0_to, eps_to, *_ = predict(euler, loop.at(of["t_to"], z_t), cond)
-            slope = of["of_x0"] * (x0 + x0_to) + of["of_eps"] * (eps + eps_to)
-            return of["of_z"] * z_t + slope / 2
+            x0_to, eps_to, *_ = predict(euler, loop.at(c["t_to"], z_t), cond)
+            slope = c["of_x0"] * (x0 + x0_to) + c["of_eps"] * (eps + eps_to)
+            return c["of_z"] * z_t + slope / 2
 
         # On data itself there is no noise to predict.
-        return jax.lax.cond(of["lands"], lambda: euler, corrected), x0, memory
+        return jax.lax.cond(c["lands"], lambda: euler, corrected), x0, memory
 
-    places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
-    return loop.scan(body, places, z_T, keys, (), coefficients, **options)
+    return loop.scan(body, grid.starts, z_T, keys, (), coefficients, **options)

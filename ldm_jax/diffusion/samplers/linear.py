@@ -39,26 +39,25 @@ def walk(
     depth = plan.of_x0.shape[1] - 1
     past = jnp.zeros((depth, *z_T.shape), loop.as_state(z_T).dtype)
 
-    def body(z_t: jax.Array, memory: Any, step: loop.Step, of: Any) -> tuple:
+    def body(z_t: jax.Array, memory: Any, step: loop.Step, c: Any) -> tuple:
         x0, eps, *v = predict(z_t, loop.at(step.t, z_t), cond)
         terms, remembered = [], []
         if used["of_z"]:
-            terms.append(of["of_z"] * z_t)
+            terms.append(c["of_z"] * z_t)
         for name, now, before in zip(("of_x0", "of_eps"), (x0, eps), memory, strict=True):
             if not used[name]:
                 remembered.append(before)
                 continue
             recent = jnp.concatenate([now[None], before])
-            terms += [of[name][k] * recent[k] for k in range(depth + 1)]
+            terms += [c[name][k] * recent[k] for k in range(depth + 1)]
             remembered.append(recent[:depth])
         if used["of_noise"]:
             noise = loop.step_noise(keys, step.index, z_t)
-            learned = jnp.exp(of["of_v"] * (1 + v[0]) / 2) if v and used["of_v"] else 1.0
-            terms.append(temperature * of["of_noise"] * learned * noise)
+            learned = jnp.exp(c["of_v"] * (1 + v[0]) / 2) if v and used["of_v"] else 1.0
+            terms.append(temperature * c["of_noise"] * learned * noise)
         return jnp.asarray(sum(terms), z_t.dtype), x0, tuple(remembered)
 
-    places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
-    return loop.scan(body, places, z_T, keys, (past, past), vars(plan), **options)
+    return loop.scan(body, grid.starts, z_T, keys, (past, past), vars(plan), **options)
 
 
 def plan(

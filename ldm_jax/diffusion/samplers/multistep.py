@@ -100,28 +100,28 @@ def plms(
     count = grid.num_steps
     # Place and step of each evaluation: the second is at the first step's end.
     place = np.r_[0, 1, 1:count] if count > 1 else np.zeros(1, int)
-    step = np.r_[0, 0, 1:count] if count > 1 else np.zeros(1, int)
+    steps = np.r_[0, 0, 1:count] if count > 1 else np.zeros(1, int)
     again = np.arange(len(place)) == 1
     stretch = grid.alpha[1:] / grid.alpha[:-1]
     along = grid.sigma[1:] - stretch * grid.sigma[:-1]
-    weights = np.array([ADAMS_BASHFORTH[min(k, 3)] for k in step])
+    weights = np.array([ADAMS_BASHFORTH[min(k, 3)] for k in steps])
     weights[again] = (1 / 2, 1 / 2, 0, 0)
     coefficients = {
-        "of_z": np.where(again, 0, stretch[step]),
-        "of_first": np.where(again, stretch[step], 0),
-        "of_eps": along[step][:, None] * weights,
+        "of_z": np.where(again, 0, stretch[steps]),
+        "of_first": np.where(again, stretch[steps], 0),
+        "of_eps": along[steps][:, None] * weights,
         "again": again,
     }
     state = loop.as_state(z_T)
     memory = (state, jnp.zeros((3, *state.shape), state.dtype))
 
-    def body(z_t: jax.Array, memory: Any, at: loop.Step, of: Any) -> tuple:
+    def body(z_t: jax.Array, memory: Any, step: loop.Step, c: Any) -> tuple:
         first, past = memory
-        x0, eps, *_ = predict(z_t, loop.at(at.t, z_t), cond)
+        x0, eps, *_ = predict(z_t, loop.at(step.t, z_t), cond)
         recent = jnp.concatenate([eps[None], past])
-        onward = of["of_z"] * z_t + of["of_first"] * first
-        onward = onward + sum(of["of_eps"][k] * recent[k] for k in range(4))
-        return onward, x0, (first, jnp.where(of["again"], past, recent[:3]))
+        onward = c["of_z"] * z_t + c["of_first"] * first
+        onward = onward + sum(c["of_eps"][k] * recent[k] for k in range(4))
+        return onward, x0, (first, jnp.where(c["again"], past, recent[:3]))
 
     places = (grid.times[place], grid.alpha[place], grid.sigma[place])
     return loop.scan(body, places, z_T, keys, memory, coefficients, **options)

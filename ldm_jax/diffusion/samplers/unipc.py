@@ -34,20 +34,19 @@ def unipc(
     state = loop.as_state(z_T)
     memory = (state, jnp.zeros((order, *state.shape), state.dtype))
 
-    def body(z_t: jax.Array, memory: Any, at: loop.Step, of: Any) -> tuple:
+    def body(z_t: jax.Array, memory: Any, step: loop.Step, c: Any) -> tuple:
         before, past = memory
-        x0, *_ = predict(z_t, loop.at(at.t, z_t), cond)
+        x0, *_ = predict(z_t, loop.at(step.t, z_t), cond)
         recent = jnp.concatenate([x0[None], past])
 
         def combine(weights: jax.Array) -> Any:
             return sum(weights[k] * recent[k] for k in range(order + 1))
 
-        z_t = of["keep"] * z_t + of["of_before"] * before + combine(of["correct"])
-        onward = of["of_z"] * z_t + combine(of["predict"])
+        z_t = c["keep"] * z_t + c["of_before"] * before + combine(c["correct"])
+        onward = c["of_z"] * z_t + combine(c["predict"])
         return onward, x0, (z_t, recent[:order])
 
-    places = (grid.times[:-1], grid.alpha[:-1], grid.sigma[:-1])
-    return loop.scan(body, places, z_T, keys, memory, coefficients, **options)
+    return loop.scan(body, grid.starts, z_T, keys, memory, coefficients, **options)
 
 
 def _coefficients(grid: Grid, order: int) -> dict[str, np.ndarray]:
@@ -60,9 +59,9 @@ def _coefficients(grid: Grid, order: int) -> dict[str, np.ndarray]:
         p = min(order, usable, count - i)
         h = lam[i + 1] - lam[i]
         ratios = (lam[i - np.arange(1, p)] - lam[i]) / h
-        ahead[i, :p] = -grid.alpha[i + 1] * _differences(h, ratios, p, corrector=False)
+        ahead[i, :p] = -grid.alpha[i + 1] * _differences(h, ratios, corrector=False)
         if i + 1 < count:
-            weights = _differences(h, ratios, p, corrector=True)
+            weights = _differences(h, ratios, corrector=True)
             correct[i + 1, : p + 1] = -grid.alpha[i + 1] * weights
     first = np.arange(count) == 0
     return {
@@ -74,7 +73,7 @@ def _coefficients(grid: Grid, order: int) -> dict[str, np.ndarray]:
     }
 
 
-def _differences(h: float, ratios: np.ndarray, order: int, corrector: bool) -> np.ndarray:
+def _differences(h: float, ratios: np.ndarray, *, corrector: bool) -> np.ndarray:
     """Weights of x0 at [the end, for a corrector], this step's start and the starts before it.
 
     expm1(-h) (x0 + sum rho_k (x0_k - x0) / r_k), where the r_k are `ratios`, and 1 at the end.

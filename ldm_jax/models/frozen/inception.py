@@ -183,8 +183,7 @@ def apply(params: Any, x: jax.Array) -> dict[str, jax.Array]:
     "64" to "2048" are averages over the image, "2048" that of FID; "logits_unbiased" is what the
     Inception Score takes the softmax of. "spatial2023" is flattened [H,W,C], as TensorFlow has it.
     """
-    # Elsewhere than on a CPU, products are rounded to bf16 or TF32 unless told otherwise.
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"):  # else accelerators round to bf16 or TF32
         taps: dict[str, jax.Array] = {}
         h = (x - 128.0) / 128.0
         for step in STEM:

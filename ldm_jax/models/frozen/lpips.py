@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.models.frozen.vit import channel_row, normalised
+from ldm_jax.models.frozen.vit import channel_row, leaf, normalised
 from ldm_jax.sharding import constrain
 
 # Convolutions of VGG16 by block; LPIPS looks at the last activation of each.
@@ -21,15 +21,15 @@ EPSILON = 1e-10  # added to the norm of a pixel's features
 
 def shapes() -> dict[str, Any]:
     """The tree of parameters as shapes: those of the trunk, and lin{block} weights."""
-    lines = {f"lin{b}": jax.ShapeDtypeStruct(w[-1:], jnp.float32) for b, w in enumerate(BLOCKS)}
+    lines = {f"lin{b}": leaf(widths[-1]) for b, widths in enumerate(BLOCKS)}
     return trunk_shapes() | lines
 
 
 def axes() -> dict[str, Any]:
     """The tree of `shapes` with a tuple of logical axis names for each parameter."""
 
-    def names(leaf: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
-        return (None, None, "in_channels", "out_channels") if leaf.ndim == 4 else (None,)
+    def names(shape: jax.ShapeDtypeStruct) -> tuple[str | None, ...]:
+        return (None, None, "in_channels", "out_channels") if shape.ndim == 4 else (None,)
 
     return jax.tree.map(names, shapes())
 
@@ -40,10 +40,7 @@ def trunk_shapes() -> dict[str, Any]:
     c_in = 3
     for b, widths in enumerate(BLOCKS):
         for i, width in enumerate(widths):
-            tree[f"conv{b}_{i}"] = {
-                "kernel": jax.ShapeDtypeStruct((3, 3, c_in, width), jnp.float32),
-                "bias": jax.ShapeDtypeStruct((width,), jnp.float32),
-            }
+            tree[f"conv{b}_{i}"] = {"kernel": leaf(3, 3, c_in, width), "bias": leaf(width)}
             c_in = width
     return tree
 

@@ -7,9 +7,9 @@ are the trunk that LPIPS looks at.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from ldm_jax.models.frozen import lpips as perceptual_net
+from ldm_jax.models.frozen.vit import leaf
 
 SIDE = 224  # pixels
 TAPS = {"fc2_relu": 4096}
@@ -20,11 +20,9 @@ def shapes() -> dict[str, Any]:
     tree = perceptual_net.trunk_shapes()
     inputs = (SIDE // 2 ** len(perceptual_net.BLOCKS)) ** 2 * perceptual_net.BLOCKS[-1][-1]
     for name in ("fc1", "fc2"):
-        tree[name] = {
-            "kernel": jax.ShapeDtypeStruct((inputs, TAPS["fc2_relu"]), jnp.float32),
-            "bias": jax.ShapeDtypeStruct((TAPS["fc2_relu"],), jnp.float32),
-        }
-        inputs = TAPS["fc2_relu"]
+        width = TAPS["fc2_relu"]
+        tree[name] = {"kernel": leaf(inputs, width), "bias": leaf(width)}
+        inputs = width
     return tree
 
 
