@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterable
 
-import jax
 import ml_dtypes
 import numpy as np
 
@@ -48,24 +47,6 @@ class Field:
     @property
     def batch_dtype(self) -> np.dtype:
         return np.dtype(np.float32 if self.dtype == "bfloat16" else self.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """An entry that is not stored but drawn anew at every step, such as a mask.
-
-    draw(seed, positions int64 [b]) gives [b, *shape]; row i depends on the seed and on positions[i]
-    alone, as everything in `draws` does.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    draw: Callable[[int, np.ndarray], np.ndarray]
-
-    @property
-    def batch_dtype(self) -> np.dtype:
-        return np.dtype(self.dtype)
 
 
 def _keep(field: Field, arrays: Arrays) -> np.ndarray:
@@ -132,17 +113,6 @@ def flipped(field: Field, arrays: Arrays, flips: np.ndarray) -> np.ndarray:
     out = values.astype(np.promote_types(values.dtype, there.dtype))
     out[flips] = there
     return out
-
-
-def batch_specs(
-    fields: Iterable[Field | Drawn], batch_size: int
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Name -> [B, *shape] and dtype as a batch has them on a device, which holds no strings."""
-    return {
-        field.name: jax.ShapeDtypeStruct((batch_size, *field.shape), field.batch_dtype)
-        for field in fields
-        if field.dtype != "str"
-    }
 
 
 def checked(field: Field, arrays: Arrays, examples: np.ndarray, remedy: str) -> Arrays:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 
 import grain.python as grain
 import numpy as np
 
-from ldm_jax.data.fields import Drawn
 from ldm_jax.data.order import Order
 from ldm_jax.errors import divides, within
 
@@ -34,23 +33,6 @@ class _Steps:
         positions = np.arange(first, first + rows, dtype=np.int64)
         indices = self.order.examples(positions)
         return {**self.read(indices, positions), "index": indices}
-
-
-def with_drawn(read: Read, drawn: Iterable[Drawn], seed: int) -> Read:
-    """What `read` gives and, beside it, fields that are drawn anew at every position."""
-    drawn = tuple(drawn)
-
-    def read_and_draw(indices: np.ndarray, positions: np.ndarray) -> Batch:
-        batch = dict(read(indices, positions))
-        for field in drawn:
-            assert field.name not in batch, f"the field {field.name!r} is stored and drawn"
-            values = field.draw(seed, positions)
-            have, want = (values.shape, values.dtype), ((len(positions), *field.shape), field.dtype)
-            assert have == want, f"the drawn field {field.name!r} is {have}, not {want}"
-            batch[field.name] = values
-        return batch
-
-    return read_and_draw
 
 
 def batches(

@@ -1,10 +1,9 @@
-import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from ldm_jax.data import fields
-from ldm_jax.data.fields import CAPTION, DTYPES, LABEL, MIRRORS, Drawn, Field
+from ldm_jax.data.fields import DTYPES, LABEL, MIRRORS, Field
 from ldm_jax.errors import InputError
 
 MAP = Field("map", (2, 3), "int32", "flip")
@@ -96,17 +95,6 @@ def test_floats_never_become_integers_nor_numbers_strings():
     for dtype, values in (("int32", np.float32([1.5])), ("str", np.array([1])), ("uint8", [300])):
         with pytest.raises(InputError, match=rf"but the field is {dtype}"):
             fields.checked(Field("x", (), dtype), {"x": np.asarray(values)}, np.arange(1), "")
-
-
-def test_batch_specs_are_those_of_the_arrays_that_a_device_holds():
-    mask = Drawn("mask", (4, 4), "float32", lambda seed, positions: None)
-    table = (fields.moments((2, 3, 10), "bfloat16"), LABEL, CAPTION, MAP, mask)
-    assert fields.batch_specs(table, 6) == {
-        "moments": jax.ShapeDtypeStruct((6, 2, 3, 10), "float32"),
-        "label": jax.ShapeDtypeStruct((6,), "int32"),
-        "map": jax.ShapeDtypeStruct((6, 2, 3), "int32"),
-        "mask": jax.ShapeDtypeStruct((6, 4, 4), "float32"),
-    }
 
 
 @pytest.mark.parametrize(
