@@ -149,7 +149,7 @@ def check_enough(num: int, width: int, what: str) -> None:
         raise InputError(
             f"{what}: {num} images for {width} features make a singular covariance, and a Fréchet "
             f"distance that measures the number of images; take at least {width + 1} (published "
-            "figures have 50000), or allow few images by name"
+            "figures have 50000), or give --allow-few"
         )
 
 

@@ -21,7 +21,7 @@ from ldm_jax.runs.first_stage import load_first_stage, tree_hash
 from ldm_jax.runs.reconstruction import compile_lpips, evaluation_hook
 from ldm_jax.runs.settings import AutoencoderRun
 from ldm_jax.runs.training import fit
-from ldm_jax.runs.workdir import open_run, read_run
+from ldm_jax.runs.workdir import check_run, open_run, read_run
 from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train.checkpoint import has_checkpoint
 from ldm_jax.train.state import TrainState
@@ -69,7 +69,7 @@ def run(
     if config.eval_every:
         lpips = compile_lpips(frozen["lpips"]) if frozen else None
         hooks.append(evaluation_hook(config, mesh, lpips))
-    open_run(workdir, "train-autoencoder", config, mesh, data)
+    record = check_run(workdir, "train-autoencoder", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         return {"image": source.read(indices, positions)["image"]}
@@ -80,7 +80,7 @@ def run(
         trainer,
         read,
         Order(len(source), config.seed),
-        name="train-autoencoder",
+        record=record,
         frozen=frozen,
         start_from=start_from,
         hooks=hooks,

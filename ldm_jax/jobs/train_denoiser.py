@@ -16,7 +16,7 @@ from ldm_jax.runs.build import LatentFacts, build, codec_of, facts_of_manifest
 from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.runs.training import fit
-from ldm_jax.runs.workdir import open_run
+from ldm_jax.runs.workdir import check_run
 from ldm_jax.sampling import judged
 from ldm_jax.sharding import make_mesh
 from ldm_jax.train.state import TrainState
@@ -44,7 +44,7 @@ def run(
     if config.samples.num:
         codec = codec_of(config, facts)
         hooks.append(judged.hook(config, workdir, mesh, first_stage, codec))
-    open_run(workdir, "train-denoiser", config, mesh, describe(cache, facts))
+    record = check_run(workdir, "train-denoiser", config, mesh, describe(cache, facts))
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         rows = cache.read(indices, positions, flip=config.flip, seed=config.seed)
@@ -57,7 +57,7 @@ def run(
         trainer,
         read,
         cache.order(config.seed),
-        name="train-denoiser",
+        record=record,
         hooks=hooks,
     )
 

@@ -1,5 +1,6 @@
 """What both trainings share once they are built: the order of the data, hooks and the loop."""
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from clu import parameter_overview
 from ldm_jax.data import stream
 from ldm_jax.data.order import Order
 from ldm_jax.runs.settings import Run
+from ldm_jax.runs.workdir import write_record
 from ldm_jax.sharding import process_slice
 from ldm_jax.train import hooks as hooks_lib
 from ldm_jax.train import loop
@@ -26,7 +28,7 @@ def fit(
     read: stream.Read,
     order: Order,
     *,
-    name: str,
+    record: dict[str, Any],
     frozen: Any = None,
     start_from: Any = None,
     hooks: Sequence[Hook] = (),
@@ -34,8 +36,9 @@ def fit(
     """Trains to `run.num_steps` in `workdir`, from its newest checkpoint when it has one.
 
     `read` gives a batch of host arrays for dataset indices [b] and stream positions [b], in the
-    given `order`. `frozen` are the networks of `trainer.abstract_frozen`. `start_from` are
-    parameters to begin with instead of random ones.
+    given `order`. `record` is `check_run`'s, written once nothing more is refused. `frozen` are the
+    networks of `trainer.abstract_frozen`. `start_from` are parameters to begin with instead of
+    random ones.
     """
     if jax.process_index() == 0:
         params = trainer.abstract_state.params
@@ -66,7 +69,8 @@ def fit(
         frozen,
         batches,
         workdir=workdir,
-        name=name,
+        name=record["job"],
+        opened=functools.partial(write_record, workdir, record),
         start_from=start_from,
         hooks=hooks,
     )

@@ -100,13 +100,26 @@ def read_run(workdir: str | Path, job: str = "") -> dict[str, Any]:
         ) from error
     if job and record["job"] != job:
         raise InputError(
-            f"workdir {workdir} belongs to `ldm {record['job']}`; give one of `ldm {job}`"
+            f"workdir {workdir} belongs to `ldm {record['job']}`, not `ldm {job}`; use another "
+            "workdir"
         )
     return record
 
 
 def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, Any]) -> None:
-    """Writes run.json in a new workdir, or checks that what stands there fits before any work.
+    """Writes the run.json of `check_run`."""
+    write_record(workdir, check_run(workdir, job, config, mesh, data))
+
+
+def write_record(workdir: Path, record: dict[str, Any]) -> None:
+    if jax.process_index() == 0:
+        write_json(Path(workdir) / "run.json", record)
+
+
+def check_run(
+    workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, Any]
+) -> dict[str, Any]:
+    """The run.json of a start that fits what stands in the workdir; nothing is written.
 
     `config` is the run's dataclass; `data` names what it trains on. Raises InputError naming the
     first fields that differ. Earlier starts are kept under `history`.
@@ -115,7 +128,7 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
     record = describe(job, to_json(config), mesh, data)
     if path.exists():
         check_trainable(workdir)
-        previous = read_run(workdir)
+        previous = read_run(workdir, job)
         # A field that is newer than the run had its default then.
         previous["config"] = to_json(build(type(config), previous["config"]))
         check_same(workdir, previous, record)
@@ -129,8 +142,7 @@ def open_run(workdir: Path, job: str, config: Any, mesh: Mesh, data: dict[str, A
             f"workdir {workdir} holds checkpoints but no run.json; move them away or use a "
             "new workdir"
         )
-    if jax.process_index() == 0:
-        write_json(path, record)
+    return record
 
 
 def open_experiment(workdir: Path, plan: dict[str, Any]) -> None:
@@ -149,19 +161,20 @@ def open_experiment(workdir: Path, plan: dict[str, Any]) -> None:
 
 def check_trainable(workdir: Path) -> None:
     """Raises InputError for a run of imported weights, which has no optimizer to go on with."""
-    if (Path(workdir) / "run.json").exists() and "imported" in read_run(workdir):
+    record = read_run(workdir) if (Path(workdir) / "run.json").exists() else {}
+    if "imported" in record:
+        remedy = (
+            f"train in a new workdir that starts from them, with --config.init_from={workdir}"
+            if record["job"] == "train-autoencoder"
+            else "sample and evaluate them, and train on in the workdir that they are from"
+        )
         raise InputError(
-            f"workdir {workdir} holds imported weights and cannot be trained further; train in a "
-            f"new workdir that starts from them, with --config.init_from={workdir}"
+            f"workdir {workdir} holds imported or averaged weights and cannot be trained further; "
+            f"{remedy}"
         )
 
 
 def check_same(workdir: Path, previous: dict[str, Any], record: dict[str, Any]) -> None:
-    if previous["job"] != record["job"]:
-        raise InputError(
-            f"workdir {workdir} belongs to `ldm {previous['job']}`, not `ldm {record['job']}`; use "
-            "another workdir"
-        )
     for part in ("config", "data"):
         old, new = flatten(previous[part], "."), flatten(record[part], ".")
         different = [

@@ -172,7 +172,10 @@ def initial_noise(options: SampleOptions, model: Model) -> dict[str, np.ndarray]
     try:
         noise = np.load(options.noise, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"noise file {options.noise} cannot be read: {error}") from error
+        raise InputError(
+            f"noise file {options.noise} cannot be read ({type(error).__name__}); it must be one "
+            "array of floats, as np.save writes"
+        ) from error
     if not isinstance(noise, np.ndarray):
         raise InputError(f"noise file {options.noise} holds several arrays; give one as .npy")
     want = (options.num, *latent_shape(options, model))

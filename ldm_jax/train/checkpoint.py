@@ -84,9 +84,13 @@ class Checkpoints:
         """The newest complete step, by number; None when there is none."""
         return self._manager.latest_step()
 
+    def all_steps(self) -> list[int]:
+        """All complete steps."""
+        return list(self._manager.all_steps())
+
     def best(self) -> float:
         """The greatest score that a checkpoint was saved with; -inf where none was."""
-        scores = [self._manager.metrics(step) for step in self._manager.all_steps()]
+        scores = [self._manager.metrics(step) for step in self.all_steps()]
         return max((_score(metrics) for metrics in scores if metrics), default=-math.inf)
 
     def save(self, state: TrainState, meta: dict[str, Any], score: float | None = None) -> None:
@@ -95,10 +99,10 @@ class Checkpoints:
         The checkpoint of the greatest `score` is the best one.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self.all_steps():
             return
         self._write(step, _trees(state), meta, score)
-        if jax.process_index() == 0 and len(self._manager.all_steps()) > 1:
+        if jax.process_index() == 0 and len(self.all_steps()) > 1:
             self._mark.touch()
 
     def save_params(self, step: int, params: Any, meta: dict[str, Any]) -> None:
@@ -244,7 +248,10 @@ def load_weights(workdir: Path, like: Any, *, which: str, step: int | None = Non
         if step is None:
             raise nothing
         if not (checkpoints.folder / str(step)).is_dir():
-            raise InputError(f"workdir {workdir} holds no checkpoint of step {step}")
+            raise InputError(
+                f"workdir {workdir} holds no checkpoint of step {step}; it has "
+                f"{sorted(checkpoints.all_steps())}"
+            )
         known = {n for n in checkpoints.items(step) if n == "params" or n.startswith("ema")}
         if which not in {"params", "ema", *known}:
             raise InputError(

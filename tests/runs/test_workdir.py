@@ -171,7 +171,7 @@ def test_other_data_is_refused(tmp_path, mesh):
 def test_workdir_of_another_job_is_refused(tmp_path, mesh):
     start(tmp_path, mesh)
     with pytest.raises(InputError, match="belongs to `ldm train-denoiser`, not `ldm train-auto"):
-        start(tmp_path, mesh, job="train-autoencoder")
+        open_run(tmp_path, "train-autoencoder", tiny.AUTOENCODER, mesh, DATA)
 
 
 def test_checkpoints_without_a_record_are_refused_and_left_alone(tmp_path, mesh):

@@ -232,7 +232,7 @@ def test_weights_of_a_run_without_average_are_the_parameters(tmp_path):
 def test_weights_that_are_not_there_are_refused(tmp_path, saved, state):
     with pytest.raises(InputError, match="holds no checkpoint; train it first"):
         load_weights(tmp_path / "new", like().params, which="ema")
-    with pytest.raises(InputError, match="holds no checkpoint of step 12"):
+    with pytest.raises(InputError, match="holds no checkpoint of step 12; it has"):
         load_weights(saved, like().params, which="ema", step=12)
 
 
