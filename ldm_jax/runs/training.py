@@ -70,7 +70,7 @@ def fit(
         batches,
         workdir=workdir,
         name=record["job"],
-        opened=functools.partial(write_record, workdir, record),
+        on_start=functools.partial(write_record, workdir, record),
         start_from=start_from,
         hooks=hooks,
     )

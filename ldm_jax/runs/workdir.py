@@ -137,7 +137,7 @@ def check_run(
             *history,
             {k: previous[k] for k in ("started", "command", "git", "mesh")},
         ]
-    elif workdir.exists() and (workdir / "checkpoints").exists():
+    elif any((workdir / "checkpoints").glob("[0-9]*")):
         raise InputError(
             f"workdir {workdir} holds checkpoints but no run.json; move them away or use a "
             "new workdir"

@@ -224,11 +224,11 @@ def test_a_second_training_in_a_workdir_is_refused(capsys, copy):
 
 def test_a_refused_resume_leaves_the_record_as_it_was(capsys, copy):
     before = (copy / "run.json").read_bytes()
-    line = refused(capsys, ["train-autoencoder", "--config.num_steps=2", f"--workdir={copy}"])
-    assert "num_steps 2 is less than the 3" in line
     with lock_workdir(copy):
         line = refused(capsys, ["train-autoencoder", "--config.num_steps=9", f"--workdir={copy}"])
         assert "in use by another training" in line
+    line = refused(capsys, ["train-autoencoder", "--config.num_steps=2", f"--workdir={copy}"])
+    assert "num_steps 2 is less than the 3" in line
     assert (copy / "run.json").read_bytes() == before  # a plain resume goes on as before
 
 
