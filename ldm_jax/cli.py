@@ -145,6 +145,11 @@ def _training(flags: argparse.ArgumentParser, job: str, cls: type, train: Callab
         check_trainable(workdir)
         if arguments.config:
             config = config_files.load_run(cls, arguments.config, overrides)
+        elif not (workdir / "run.json").is_file():
+            raise InputError(
+                f"workdir {workdir} holds no run to go on with; give --config=FILE[:VARIANT] to "
+                "start one there"
+            )
         else:
             record = read_run(workdir, job)
             config = config_files.apply_overrides(cls, record["config"], overrides)
@@ -324,7 +329,7 @@ VERBS = {
     "train-denoiser": Verb("train a denoiser on cached latents", _train_denoiser),
     "sample": Verb("draw images from a trained denoiser", _sample),
     "experiment": Verb("train and compare the arms of a configs/experiments file", _experiment),
-    "evaluate": Verb("measure a trained first stage or denoiser", _evaluate),
+    "evaluate": Verb("measure a trained first stage, a denoiser or a set of images", _evaluate),
     "ema": Verb("make the average of any width from a training's snapshots", _ema),
     "weights": Verb("fetch or convert the published weights of a frozen network", _weights),
     "import": Verb("make a run directory of a first stage by diffusers or CompVis", _import),

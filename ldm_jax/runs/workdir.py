@@ -87,7 +87,7 @@ def read_run(workdir: str | Path, job: str = "") -> dict[str, Any]:
     if not path.is_file():
         raise InputError(
             f"workdir {workdir} holds no run.json: it is not the run directory of a training; "
-            "check the path, or give --config to start one there"
+            "check the path"
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
