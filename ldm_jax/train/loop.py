@@ -1,5 +1,6 @@
 """The loop around a training step: data in, metrics out one step late, checkpoints, clean stops."""
 
+import contextlib
 import dataclasses
 import fcntl
 import math
@@ -97,26 +98,35 @@ def train(
     that are due at a step are one line, written before the checkpoint of their step.
     """
     is_main = jax.process_index() == 0
-    lock = lock_workdir(workdir) if is_main else None
-    checkpoints = Checkpoints(
-        workdir,
-        keep=config.keep_checkpoints,
-        keep_every=config.keep_every,
-        keep_best=bool(config.keep_best),
-    )
-    start = checkpoints.latest() or 0
-    if start > config.num_steps:
-        raise InputError(
-            f"num_steps {config.num_steps} is less than the {start} that workdir {workdir} has "
-            "done; give a larger number, or train in a new workdir"
+    with contextlib.ExitStack() as opened:
+        lock = lock_workdir(workdir) if is_main else None
+        if lock:
+            opened.callback(lock.close)
+        checkpoints = Checkpoints(
+            workdir,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
+            keep_best=bool(config.keep_best),
         )
-    state, meter = _begin(trainer, checkpoints, start, start_from)
-    best = checkpoints.best() if config.keep_best else 0.0
-    writer = make_writer(workdir, resume_step=start, is_main=is_main)
-    log = _Log(config, writer, meter, _batch_size(trainer), start)
-    bar = _progress(name, start, config.num_steps, is_main)
-    stream, owed, score = batches(start), False, None
-    try:
+        opened.callback(checkpoints.close)
+        opened.callback(checkpoints.wait)
+        start = checkpoints.latest() or 0
+        if start > config.num_steps:
+            raise InputError(
+                f"num_steps {config.num_steps} is less than the {start} that workdir {workdir} has "
+                "done; give a larger number, or train in a new workdir"
+            )
+        state, meter = _begin(trainer, checkpoints, start, start_from)
+        best = checkpoints.best() if config.keep_best else 0.0
+        writer = make_writer(workdir, resume_step=start, is_main=is_main)
+        opened.callback(writer.close)
+        log = _Log(config, writer, meter, _batch_size(trainer), start)
+        stream, owed, score = batches(start), False, None
+        opened.callback(stream.close)
+        for hook in reversed(hooks):
+            opened.callback(hook.close)
+        bar = _progress(name, start, config.num_steps, is_main)
+        opened.callback(bar.close)
         with _StopRequest() as stop:
             for n in range(start, config.num_steps):
                 try:
@@ -132,7 +142,7 @@ def train(
                 state, metrics = trainer.step(state, frozen, batch)
                 log.take_in(n)
                 log.waiting = metrics, host.get("index", ())
-                done, score = n + 1, None
+                done, score = n + 1, score if owed else None
                 stopping = bool(stop.signal) or checkpoints.reached_preemption(done)
                 last = done == config.num_steps
                 saving = stopping or owed or done % config.checkpoint_every == 0 or last
@@ -142,7 +152,8 @@ def train(
                 if due:
                     try:
                         figures = log.report(done, due, state)
-                        score = score_of(figures, config.keep_best)
+                        if figures:
+                            score = score_of(figures, config.keep_best)
                     except Exception:
                         if jax.process_count() == 1:
                             # What was trained outlives a fault in judging it.
@@ -150,14 +161,15 @@ def train(
                                 hook.settle()
                             checkpoints.save(state, meter.content(), None)
                         raise
-                    if score is not None and score > best:
-                        best, saving = score, True
-                # What cannot take a step may be past mending: the last good checkpoint stays.
+                    saving = saving or (score is not None and score > best)
+                # What cannot take a step may be past mending: the last good checkpoint stays, and
+                # the next good step is saved with the score of the weights it started from.
                 owed = bool(saving and meter.skipped_in_a_row and not (stopping or last))
                 if saving and not owed:
                     for hook in hooks:
                         hook.settle()  # else a kill could leave a gap that no resume fills
                     checkpoints.save(state, meter.content(), score)
+                    best = best if score is None else max(best, score)
                 elif jax.default_backend() == "cpu":
                     # Fake devices share one thread pool; two steps in flight can starve each other.
                     jax.block_until_ready(metrics)
@@ -166,16 +178,6 @@ def train(
                     checkpoints.wait()
                     print(f"stopped at step {done}; the same command resumes", file=sys.stderr)
                     raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-    finally:
-        bar.close()
-        for hook in hooks:
-            hook.close()
-        checkpoints.wait()
-        checkpoints.close()
-        writer.close()
-        stream.close()
-        if lock:
-            lock.close()
     return state
 
 
