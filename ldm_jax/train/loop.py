@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ldm_jax.errors import InputError, within
 from ldm_jax.sharding import put_batch
 from ldm_jax.train.checkpoint import Checkpoints
-from ldm_jax.train.hooks import Hook
+from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.log import Meter, make_writer
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.step import Trainer
@@ -240,8 +240,16 @@ class _Log:
         """Runs the hooks and writes what they find; the figures of all of them."""
         began = time.perf_counter()
         reports = [hook.run(state, done) for hook in hooks]
-        figures = {n: x for report in reports if report for n, x in report.figures.items()}
-        pictures = {n: x for report in reports if report for n, x in report.pictures.items()}
+        figures, pictures = {}, {}
+        reporter: dict[str, Hook] = {}
+        for hook, report in zip(hooks, reports, strict=True):
+            report = report or Report()
+            for name in (*report.figures, *report.pictures):
+                other = reporter.setdefault(name, hook)
+                if other is not hook:
+                    raise ValueError(f"{other.run} and {hook.run} both report {name!r}")
+            figures |= report.figures
+            pictures |= report.pictures
         if figures or pictures:
             self.writer.write_scalars(done, {f"eval/{n}": x for n, x in figures.items()})
             self.writer.write_images(done, {f"eval/{n}": x for n, x in pictures.items()})
