@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.errors import InputError, within
-from ldm_jax.sharding import put_batch
+from ldm_jax.sharding import anywhere, put_batch
 from ldm_jax.train.checkpoint import Checkpoints
 from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.log import Meter, make_writer
@@ -99,7 +99,7 @@ def train(
     """
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as opened:
-        lock = lock_workdir(workdir) if is_main else None
+        lock = lock_for_all(workdir)
         if lock:
             opened.callback(lock.close)
         checkpoints = Checkpoints(
@@ -276,6 +276,24 @@ def lock_workdir(workdir: Path) -> IO[str] | None:
         file.close()
         return None
     return file
+
+
+def lock_for_all(workdir: Path) -> IO[str] | None:
+    """`lock_workdir` by the first process; its refusal reaches all, which else would wait for it.
+
+    Every process must call it.
+    """
+    lock, refusal = None, None
+    if jax.process_index() == 0:
+        try:
+            lock = lock_workdir(workdir)
+        except InputError as error:
+            refusal = error
+    if anywhere(refusal is not None):
+        raise refusal or InputError(
+            f"workdir {workdir} is refused by the first process, which says why"
+        )
+    return lock
 
 
 def score_of(figures: dict[str, float], keep_best: str) -> float | None:
