@@ -264,6 +264,15 @@ def wait_for_all(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def anywhere(here: bool) -> bool:
+    """Whether it is true on any process; every process must call it."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.bool_(here))))
+    return here
+
+
 def host_array(x: jax.Array) -> np.ndarray:
     """The whole of a (possibly sharded) array on this host; every process must call it."""
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):

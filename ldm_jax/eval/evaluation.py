@@ -57,6 +57,12 @@ class Evaluation:
     target: Callable[[], Target]  # measured at its first call, which every process must make
     folder: Path  # takes features, and what a killed evaluation goes on from
 
+    def figure_names(self, num: int) -> tuple[str, ...]:
+        """Names, up to their hash, of the figures of `num` images; nothing is measured for them."""
+        protocol = self.judge.protocol(num, "none", {})
+        figures = [figure for name in self.metrics for figure in METRICS[name].names or (name,)]
+        return tuple(protocol.name_to_hash(figure) for figure in figures)
+
 
 def prepare(
     options: JudgeOptions,

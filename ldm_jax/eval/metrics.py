@@ -38,6 +38,7 @@ class Metric(NamedTuple):
     least: Callable[[Preset], int] = lambda preset: 2  # images that it takes of either set
     # Measured where no metric is asked for by name.
     usual: Callable[[Preset], bool] = lambda preset: True
+    names: tuple[str, ...] = ()  # of its figures; () = one of the metric's own name
 
 
 def _frechet(name: str):
@@ -135,9 +136,16 @@ def _never(preset: Preset) -> bool:
 METRICS = {
     "fid": Metric(_frechet("fid"), _pool, sums=True, reference="gaussian", usual=_not_clip),
     "sfid": Metric(_frechet("sfid"), lambda p: p.spatial_tap, sums=True, reference="gaussian"),
-    "inception_score": Metric(_inception_score, lambda p: p.logits_tap, least=lambda p: 10),
+    "inception_score": Metric(
+        _inception_score, lambda p: p.logits_tap, least=lambda p: 10, names=("is", "is_std")
+    ),
     "kid": Metric(
-        _kid, _pool, reference="features", least=lambda p: p.kid_subset_size, usual=_not_clip
+        _kid,
+        _pool,
+        reference="features",
+        least=lambda p: p.kid_subset_size,
+        usual=_not_clip,
+        names=("kid", "kid_std"),
     ),
     "cmmd": Metric(_cmmd, _pool, reference="features", usual=_clip),
     "precision_recall": Metric(
@@ -146,6 +154,7 @@ METRICS = {
         reference="features",
         least=lambda p: p.neighbours_k + 1,
         usual=_not_clip,
+        names=("precision", "recall"),
     ),
     "density_coverage": Metric(
         _density_coverage,
@@ -153,8 +162,15 @@ METRICS = {
         reference="features",
         least=lambda p: 6,
         usual=_not_clip,
+        names=("density", "coverage"),
     ),
-    "memorisation": Metric(_memorisation, neighbours_tap, reference="features", usual=_never),
+    "memorisation": Metric(
+        _memorisation,
+        neighbours_tap,
+        reference="features",
+        usual=_never,
+        names=("copied", "repeated", "nearest_ratio_median"),
+    ),
     "fid_infinity": Metric(
         _fid_infinity, _pool, reference="gaussian", least=lambda p: 150, usual=_never
     ),

@@ -122,7 +122,11 @@ class Protocol:
         return self.preset == "custom" or not self.extractor_published
 
     def metric_name(self, metric: str) -> str:
-        """As "fid50k-adm-1a2b3c4d": metric, number of samples, preset, start of the hash.
+        """As "fid50k-adm-1a2b3c4d": metric, number of samples, preset, start of the hash."""
+        return self.name_to_hash(metric) + self.hash()[:8]
+
+    def name_to_hash(self, metric: str) -> str:
+        """The start of `metric_name`, as "fid50k-adm-", which is the same whatever the sampling.
 
         The Fréchet distance has the name that belongs to its network: of a custom extractor, no
         figure is ever called FID.
@@ -134,7 +138,7 @@ class Protocol:
         metric = metric.replace("fid", frechet)
         count = f"{self.num // 1000}k" if self.num % 1000 == 0 else str(self.num)
         gap = "-" if metric[-1].isdigit() else ""
-        return f"{metric}{gap}{count}-{'custom' if custom else self.preset}-{self.hash()[:8]}"
+        return f"{metric}{gap}{count}-{'custom' if custom else self.preset}-"
 
 
 def difference(have: Any, want: Protocol) -> str:

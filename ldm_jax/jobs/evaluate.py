@@ -188,7 +188,7 @@ def denoiser(
         _note(workdir, record["job"], dataclasses.asdict(options), figures)
     else:
         model, judge = load_model(workdir, options.which), judge or JudgeOptions()
-        measure = prepare_figures(model, options, judge, workdir, labels=labels, keep=keep)
+        measure, _ = prepare_figures(model, options, judge, workdir, labels=labels, keep=keep)
         figures = measure(model)
     _show(figures, rows)
     return figures

@@ -24,6 +24,7 @@ from ldm_jax.runs.training import fit
 from ldm_jax.runs.workdir import check_run, open_run, read_run
 from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train.checkpoint import has_checkpoint
+from ldm_jax.train.hooks import check_keep_best
 from ldm_jax.train.state import TrainState
 
 
@@ -69,6 +70,7 @@ def run(
     if config.eval_every:
         lpips = compile_lpips(frozen["lpips"]) if frozen else None
         hooks.append(evaluation_hook(config, mesh, lpips))
+    check_keep_best(config.keep_best, hooks)
     record = check_run(workdir, "train-autoencoder", config, mesh, data)
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:

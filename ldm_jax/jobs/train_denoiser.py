@@ -19,6 +19,7 @@ from ldm_jax.runs.training import fit
 from ldm_jax.runs.workdir import check_run
 from ldm_jax.sampling import judged
 from ldm_jax.sharding import make_mesh
+from ldm_jax.train.hooks import check_keep_best
 from ldm_jax.train.state import TrainState
 
 
@@ -44,6 +45,7 @@ def run(
     if config.samples.num:
         codec = codec_of(config, facts)
         hooks.append(judged.hook(config, workdir, mesh, first_stage, codec))
+    check_keep_best(config.keep_best, hooks)
     record = check_run(workdir, "train-denoiser", config, mesh, describe(cache, facts))
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:

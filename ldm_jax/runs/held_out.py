@@ -75,4 +75,5 @@ def hook(config: DenoiserRun, facts: LatentFacts, mesh: Mesh, cache: LatentCache
                 figures[f"loss_bin/{k}"] = float(value[bins == k].mean(dtype=np.float64))
         return Report(figures)
 
-    return Hook(config.eval_every, evaluate)
+    names = ("loss", *(f"loss_bin/{k}" for k in range(config.loss_bins)))
+    return Hook(config.eval_every, evaluate, figures=names)

@@ -147,7 +147,8 @@ def evaluation_hook(config: AutoencoderRun, mesh: Mesh, lpips: Lpips | None = No
             },
         )
 
-    return Hook(config.eval_every, evaluate)
+    names = tuple(measure(np.copy, [pictures[:1]], lpips=lpips)) if config.keep_best else None
+    return Hook(config.eval_every, evaluate, figures=names)
 
 
 def find_lpips(loss: AutoencoderLoss) -> Lpips | None:

@@ -104,8 +104,10 @@ def prepare_figures(
     *,
     labels: str = "balanced",
     keep: Path | None = None,
-) -> Callable[[Model], dict[str, float]]:
+) -> tuple[Callable[[Model], dict[str, float]], tuple[str, ...]]:
     """(model with any weights) -> figures of its samples, which WORKDIR/evaluation.jsonl takes.
+
+    And the figures' names up to their hash.
 
     Compiled, and the reference measured, once; `labels` and `keep` as for `compile_samples`. Raises
     InputError, before anything is drawn, for what cannot be drawn or judged. Every process must
@@ -133,7 +135,7 @@ def prepare_figures(
             record={"step": model.step},
         )
 
-    return figures
+    return figures, evaluation.figure_names(options.num)
 
 
 def hook(
@@ -163,9 +165,9 @@ def hook(
         batch_size=samples.batch_size,
         seed=samples.seed,
     )
-    figures = prepare_figures(model, options, samples.judge, workdir, labels=samples.labels)
+    figures, names = prepare_figures(model, options, samples.judge, workdir, labels=samples.labels)
 
     def judge(state: TrainState, step: int) -> Report:
         return Report(figures(dataclasses.replace(model, params=state.weights, step=step)))
 
-    return Hook(config.eval_every, judge)
+    return Hook(config.eval_every, judge, figures=names)

@@ -1,5 +1,6 @@
 """The loop around a training step: data in, metrics out one step late, checkpoints, clean stops."""
 
+import contextlib
 import dataclasses
 import fcntl
 import math
@@ -16,9 +17,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ldm_jax.errors import InputError, within
-from ldm_jax.sharding import put_batch
+from ldm_jax.sharding import anywhere, put_batch
 from ldm_jax.train.checkpoint import Checkpoints
-from ldm_jax.train.hooks import Hook
+from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.log import Meter, make_writer
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.step import Trainer
@@ -94,33 +95,42 @@ def train(
     Else it begins with a fresh state, or with the parameters `start_from`. `batches(start)` yields
     this process's slices of the global batches from step `start` on: the data position is the
     step and nothing else. `on_start` is called once the workdir is locked and can be gone on with,
-    before anything is written there. Raises whatever the data or a hook raises, after saving
-    the last complete step; exits with 128 + signal when asked to stop, likewise. The figures of all
+    before anything is written there. Raises whatever the data or a hook raises, after saving the
+    last complete step; exits with 128 + signal when asked to stop, likewise. The figures of all
     hooks that are due at a step are one line, written before the checkpoint of their step.
     """
     is_main = jax.process_index() == 0
-    lock = lock_workdir(workdir) if is_main else None
-    checkpoints = Checkpoints(
-        workdir,
-        keep=config.keep_checkpoints,
-        keep_every=config.keep_every,
-        keep_best=bool(config.keep_best),
-    )
-    start = checkpoints.latest() or 0
-    if start > config.num_steps:
-        raise InputError(
-            f"num_steps {config.num_steps} is less than the {start} that workdir {workdir} has "
-            "done; give a larger number, or train in a new workdir"
+    with contextlib.ExitStack() as opened:
+        lock = lock_for_all(workdir)
+        if lock:
+            opened.callback(lock.close)
+        checkpoints = Checkpoints(
+            workdir,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
+            keep_best=bool(config.keep_best),
         )
-    state, meter = _begin(trainer, checkpoints, start, start_from)
-    if on_start:
-        on_start()
-    best = checkpoints.best() if config.keep_best else 0.0
-    writer = make_writer(workdir, resume_step=start, is_main=is_main)
-    log = _Log(config, writer, meter, _batch_size(trainer), start)
-    bar = _progress(name, start, config.num_steps, is_main)
-    stream, owed, score = batches(start), False, None
-    try:
+        opened.callback(checkpoints.close)
+        opened.callback(checkpoints.wait)
+        start = checkpoints.latest() or 0
+        if start > config.num_steps:
+            raise InputError(
+                f"num_steps {config.num_steps} is less than the {start} that workdir {workdir} has "
+                "done; give a larger number, or train in a new workdir"
+            )
+        state, meter = _begin(trainer, checkpoints, start, start_from)
+        if on_start:
+            on_start()
+        best = checkpoints.best() if config.keep_best else 0.0
+        writer = make_writer(workdir, resume_step=start, is_main=is_main)
+        opened.callback(writer.close)
+        log = _Log(config, writer, meter, _batch_size(trainer), start)
+        stream, owed, score = batches(start), False, None
+        opened.callback(stream.close)
+        for hook in reversed(hooks):
+            opened.callback(hook.close)
+        bar = _progress(name, start, config.num_steps, is_main)
+        opened.callback(bar.close)
         with _StopRequest() as stop:
             for n in range(start, config.num_steps):
                 try:
@@ -136,7 +146,7 @@ def train(
                 state, metrics = trainer.step(state, frozen, batch)
                 log.take_in(n)
                 log.waiting = metrics, host.get("index", ())
-                done, score = n + 1, None
+                done, score = n + 1, score if owed else None
                 stopping = bool(stop.signal) or checkpoints.reached_preemption(done)
                 last = done == config.num_steps
                 saving = stopping or owed or done % config.checkpoint_every == 0 or last
@@ -146,7 +156,8 @@ def train(
                 if due:
                     try:
                         figures = log.report(done, due, state)
-                        score = score_of(figures, config.keep_best)
+                        if figures:
+                            score = score_of(figures, config.keep_best)
                     except Exception:
                         if jax.process_count() == 1:
                             # What was trained outlives a fault in judging it.
@@ -154,14 +165,15 @@ def train(
                                 hook.settle()
                             checkpoints.save(state, meter.content(), None)
                         raise
-                    if score is not None and score > best:
-                        best, saving = score, True
-                # What cannot take a step may be past mending: the last good checkpoint stays.
+                    saving = saving or (score is not None and score > best)
+                # What cannot take a step may be past mending: the last good checkpoint stays, and
+                # the next good step is saved with the score of the weights it started from.
                 owed = bool(saving and meter.skipped_in_a_row and not (stopping or last))
                 if saving and not owed:
                     for hook in hooks:
                         hook.settle()  # else a kill could leave a gap that no resume fills
                     checkpoints.save(state, meter.content(), score)
+                    best = best if score is None else max(best, score)
                 elif jax.default_backend() == "cpu":
                     # Fake devices share one thread pool; two steps in flight can starve each other.
                     jax.block_until_ready(metrics)
@@ -170,16 +182,6 @@ def train(
                     checkpoints.wait()
                     print(f"stopped at step {done}; the same command resumes", file=sys.stderr)
                     raise SystemExit(128 + (stop.signal or signal.SIGTERM))
-    finally:
-        bar.close()
-        for hook in hooks:
-            hook.close()
-        checkpoints.wait()
-        checkpoints.close()
-        writer.close()
-        stream.close()
-        if lock:
-            lock.close()
     return state
 
 
@@ -242,8 +244,16 @@ class _Log:
         """Runs the hooks and writes what they find; the figures of all of them."""
         began = time.perf_counter()
         reports = [hook.run(state, done) for hook in hooks]
-        figures = {n: x for report in reports if report for n, x in report.figures.items()}
-        pictures = {n: x for report in reports if report for n, x in report.pictures.items()}
+        figures, pictures = {}, {}
+        reporter: dict[str, Hook] = {}
+        for hook, report in zip(hooks, reports, strict=True):
+            report = report or Report()
+            for name in (*report.figures, *report.pictures):
+                other = reporter.setdefault(name, hook)
+                if other is not hook:
+                    raise ValueError(f"{other.run} and {hook.run} both report {name!r}")
+            figures |= report.figures
+            pictures |= report.pictures
         if figures or pictures:
             self.writer.write_scalars(done, {f"eval/{n}": x for n, x in figures.items()})
             self.writer.write_images(done, {f"eval/{n}": x for n, x in pictures.items()})
@@ -270,6 +280,24 @@ def lock_workdir(workdir: Path) -> IO[str] | None:
         file.close()
         return None
     return file
+
+
+def lock_for_all(workdir: Path) -> IO[str] | None:
+    """`lock_workdir` by the first process; its refusal reaches all, which else would wait for it.
+
+    Every process must call it.
+    """
+    lock, refusal = None, None
+    if jax.process_index() == 0:
+        try:
+            lock = lock_workdir(workdir)
+        except InputError as error:
+            refusal = error
+    if anywhere(refusal is not None):
+        raise refusal or InputError(
+            f"workdir {workdir} is refused by the first process, which says why"
+        )
+    return lock
 
 
 def score_of(figures: dict[str, float], keep_best: str) -> float | None:

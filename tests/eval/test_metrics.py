@@ -24,7 +24,10 @@ def figures(name, num):
     metric = METRICS[name]
     tap = metric.tap(PRESET)
     measured = Measured({tap: Moments.of(images)}, {tap: images}.__getitem__)
-    return metric.figures(PRESET, tap, measured, Target("", gaussian, {tap: real}.__getitem__))
+    target = Target("", gaussian, {tap: real}.__getitem__)
+    found = metric.figures(PRESET, tap, measured, target)
+    assert tuple(found) == (metric.names or (name,))
+    return found
 
 
 BOUND = [name for name in METRICS if name not in ("cmmd", "fid_infinity")]

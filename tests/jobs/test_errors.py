@@ -55,6 +55,14 @@ def test_a_bad_field_is_refused_before_anything_is_written(capsys, tmp_path, ove
     assert not (tmp_path / "w").exists()
 
 
+def test_a_best_figure_that_no_evaluation_has_is_refused(capsys, tmp_path):
+    best = ["--config.eval_every=2", "--config.keep_best=foo", "--config.eval_images=3"]
+    line = refused(capsys, [*AUTOENCODER, f"--workdir={tmp_path / 'w'}", *best])
+    for word in ("keep_best 'foo'", "psnr_db", "sharpness", "--config.keep_best"):
+        assert word in line
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_missing_folder_is_refused(capsys, tmp_path):
     source = ["--config.images.source=folder", f"--config.images.path={tmp_path / 'absent'}"]
     line = refused(capsys, [*AUTOENCODER, *source, f"--workdir={tmp_path / 'w'}"])

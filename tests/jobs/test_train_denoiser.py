@@ -154,6 +154,13 @@ def test_the_best_checkpoint_is_that_of_the_figure_which_is_named(trained):
     checkpoints.close()
 
 
+def test_a_best_figure_that_no_evaluation_has_is_refused(first_stage, tmp_path):
+    config = dataclasses.replace(CONFIG, keep_best="fid", autoencoder=str(first_stage))
+    with pytest.raises(InputError, match=r"keep_best 'fid' begins .*'frechet24-custom-'.*'loss'"):
+        train_denoiser.run(config, tmp_path / "run", jax.devices()[:2])
+    assert not (tmp_path / "run").exists()
+
+
 ADM = {"preset": "adm", "extractor": ""}
 
 

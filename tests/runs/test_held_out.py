@@ -73,7 +73,9 @@ def evaluated(config, state, monkeypatch):
     # Draws of no run's own, and conditions that are kept.
     assert described[0].seed == SEED and described[0].loss.condition_dropout == 0
     assert hook.every == config.eval_every
-    return hook.run(state, 7).figures
+    figures = hook.run(state, 7).figures
+    assert tuple(figures) == hook.figures
+    return figures
 
 
 def test_figures_are_means_over_the_examples_by_time_and_of_the_average(monkeypatch):

@@ -48,6 +48,7 @@ def evaluated(hook, params, ema=None, step=1):
     """The figures and pictures of weights, and of their average where there is one."""
     averages = {} if ema is None else {"ema": ema}
     report = hook.run(TrainState(np.int32(step), params, {}, averages), step)
+    assert tuple(report.figures) == hook.figures
     return report.figures, report.pictures
 
 

@@ -128,7 +128,7 @@ def run(model, monkeypatch, tmp_path):
 
     def run(of=model, judge=RANDOM, labels="balanced", keep=None, **change):
         options = dataclasses.replace(SETTINGS, **change)
-        return prepare_figures(of, options, judge, tmp_path, labels=labels, keep=keep)(of)
+        return prepare_figures(of, options, judge, tmp_path, labels=labels, keep=keep)[0](of)
 
     return run
 

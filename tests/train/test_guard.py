@@ -10,6 +10,8 @@ import pytest
 from ldm_jax.errors import InputError
 from ldm_jax.sharding import MeshConfig, make_mesh, put_batch
 from ldm_jax.train import ema, optim
+from ldm_jax.train.checkpoint import Checkpoints
+from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.step import Seen, Training, keep_finite, make_trainer, updates_done
 from tests.train import test_loop
 from tests.train.test_loop import CONFIG, NUM_STEPS, Broken, Data, metrics, rows, run
@@ -148,3 +150,20 @@ def test_bad_steps_in_a_row_are_counted_over_a_restart(mesh, tmp_path):
 def test_a_negative_patience_is_refused():
     with pytest.raises(InputError, match="max_bad_steps -1 must be at least 0"):
         dataclasses.replace(CONFIG, max_bad_steps=-1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "kept", "best"), [({3}, {"5", "8"}, 1.0), ({3, 4, 5}, {"7", "8"}, 1.0)]
+)
+def test_a_best_evaluation_at_a_bad_step_is_kept_with_its_score(mesh, tmp_path, bad, kept, best):
+    config = dataclasses.replace(
+        PATIENT, num_steps=8, eval_every=2, keep_best="loss", keep_checkpoints=1, max_bad_steps=3
+    )
+    # While steps are skipped the weights, and so their figures, stay as they are.
+    figures = {2: 5.0, 4: 1.0, 6: 1.0 if 5 in bad else 3.0, 8: 9.0}
+    hooks = [Hook(2, lambda state, done: Report({"loss": figures[done]}))]
+    run(tmp_path, mesh, Holes(bad), config, step=guarded, hooks=hooks)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == kept
+    checkpoints = Checkpoints(tmp_path, keep_best=True, read_only=True)
+    assert checkpoints.best() == -best
+    checkpoints.close()

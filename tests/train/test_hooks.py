@@ -16,7 +16,7 @@ from ldm_jax.errors import InputError
 from ldm_jax.sharding import MeshConfig, host_array, make_mesh
 from ldm_jax.train import ema, loop
 from ldm_jax.train.checkpoint import Checkpoints, Snapshots, load_weights
-from ldm_jax.train.hooks import Hook, Report, snapshots
+from ldm_jax.train.hooks import Hook, Report, check_keep_best, snapshots
 from ldm_jax.train.log import read_metrics
 from ldm_jax.train.loop import score_of
 from ldm_jax.train.step import Seen, Training, make_trainer
@@ -211,6 +211,56 @@ def test_hooks_run_in_their_order_share_one_line_and_are_closed_whatever_happens
     ]  # fmt: skip
     lines = [line for line in metrics(tmp_path) if "loss" not in line]
     assert lines == [{"step": n, "eval/x": 1.0, "eval/y": 2.0} for n in (2, 4)]
+
+
+def test_a_hook_that_fails_to_close_leaves_nothing_else_open(mesh, tmp_path):
+    closed, data = [], Data()
+
+    def broken():
+        raise Broken("closing")
+
+    hooks = [
+        Hook(2, evaluate, close=broken),
+        Hook(2, nothing_found, close=lambda: closed.append(1)),
+    ]
+    with pytest.raises(Broken, match="closing"):
+        run(tmp_path, mesh, data, hooks=hooks)
+    assert closed == [1] and data.closed == 1
+    assert (tmp_path / "checkpoints" / str(CONFIG.num_steps)).is_dir()
+    lock = loop.lock_workdir(tmp_path)  # it is free again
+    assert lock
+    lock.close()
+
+
+def nothing_found(state, done):
+    return None
+
+
+@pytest.mark.parametrize(
+    "report", [Report({"x": 1.0}), Report(pictures={"x": np.zeros((1, 1, 3))})]
+)
+def test_two_hooks_with_one_name_are_a_defect(mesh, tmp_path, report):
+    def one(state, done):
+        return report
+
+    def other(state, done):
+        return report
+
+    with pytest.raises(ValueError, match=r"one.* and .*other.* both report 'x'"):
+        run(tmp_path, mesh, config=EVALUATED, hooks=[Hook(2, one), Hook(2, other)])
+
+
+def test_a_best_figure_that_no_hook_declares_is_refused_where_all_of_them_declare():
+    hooks = [
+        Hook(2, evaluate, figures=("loss", "loss_bin/0")),
+        Hook(2, evaluate, figures=("fid5-",)),
+    ]
+    for keep_best in ("", "loss", "loss_b", "fid", "fid5-1a2b"):
+        check_keep_best(keep_best, hooks)
+        check_keep_best("other", [*hooks, Hook(2, evaluate)])
+    for keep_best in ("losses", "fid6", "x"):
+        with pytest.raises(InputError, match=f"keep_best '{keep_best}' begins no .*'loss_bin/0'"):
+            check_keep_best(keep_best, hooks)
 
 
 # Snapshots of averages, in a training on eight shards.

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import pytest
 
 jax.config.update("jax_platforms", "cpu")
 
@@ -14,13 +15,20 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
     jax.distributed.initialize(coordinator, 2, index)
     import numpy as np
 
+    from ldm_jax.errors import InputError
     from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
     from ldm_jax.sharding import MeshConfig, make_mesh
+    from ldm_jax.train import loop
     from tests import judged, tiny
     from tests.train.test_mesh import batches_and_draws
 
     assert jax.device_count() == 8
     assert jax.local_device_count() == 4
+    held = loop.lock_workdir(out / "held") if index == 0 else None
+    with pytest.raises(InputError):  # on both, and neither waits for the other
+        loop.lock_for_all(out / "held")
+    if held:
+        held.close()
     drawn = jax.tree.leaves(batches_and_draws(make_mesh(MeshConfig(2, 4, 1)), first_stage))
     if index == 0:
         np.savez(out / "draws.npz", *drawn)
