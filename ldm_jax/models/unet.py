@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.errors import InputError, within
+from ldm_jax.errors import InputError, choose, within
 from ldm_jax.models.conditions import Signals, Widths
 from ldm_jax.models.layers import (
+    COMPUTE_DTYPES,
     Conv,
     Dense,
     GroupNorm,
@@ -56,6 +57,7 @@ class UNetConfig:
     def __post_init__(self):
         for name in ("in_channels", "out_channels", "num_res_blocks", "transformer_depth"):
             within(f"unet {name}", getattr(self, name), "[1, inf)")
+        choose("unet compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         within("unet width", self.width, "[2, inf)", "times take a cosine and a sine at least")
         if not self.width_multipliers:
             raise InputError("unet width_multipliers () are of no level; give one a level")

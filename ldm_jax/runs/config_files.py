@@ -351,12 +351,15 @@ def _override_error(filled: dict[str, Any], overrides: list[str], error: Excepti
                 else "see the config file for its fields"
             )
             return f"config.{name} is not a field; {hint}"
+        if isinstance(known[name], dict) and "ConfigDict" in str(error):
+            return f"{argument}: config.{name} is a group; set its fields {sorted(known[name])}"
     return str(error).splitlines()[0]
 
 
-def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
+def _paths(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Path -> value of every field and group."""
+    found = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        found += [path, *_paths(value, f"{path}.")] if isinstance(value, dict) else [path]
+        found |= {path: value, **(_paths(value, f"{path}.") if isinstance(value, dict) else {})}
     return found

@@ -209,6 +209,11 @@ def test_another_kind_has_the_fields_of_its_own():
                 ],
             )
         ],
+        (
+            {"conditions": {"class": TEN}},
+            ["--config.model.conditions.class=none"],
+            r"conditions\.class is a group; set its fields \['context_dim', 'kind', ",
+        ),
         ({"conditioner": TEN, "conditions": 3}, [], "conditions is 3; it must be a group"),
         (3, [], "config.model is 3; it must be a group"),
     ],
