@@ -6,7 +6,7 @@ Small KL-f4 and VQ-f4 autoencoders, L1 alone against L1 + patch adversary, three
 seven photographs bundled with scikit-learn and scikit-image, a third of each held out. No
 perceptual loss: its weights are not bundled. `smoke` is the same in a few steps, to see it run.
 
-Measured: README.md, "First stages"; benchmarks/results/first_stage_photographs.json.
+Measured: docs/first_stages.md; benchmarks/results/first_stage_photographs.json.
 """
 
 import ml_collections

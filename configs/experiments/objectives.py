@@ -6,7 +6,7 @@ The demo's first stage and denoiser; five objectives, the same network, steps an
 1,000 guided samples (scale 2) for each sampler and number of steps, judged by a classifier trained
 on the real digits. Heun calls the network twice a step.
 
-Measured: README.md, "Denoisers"; benchmarks/results/objectives_digits.json.
+Measured: docs/denoisers.md; benchmarks/results/objectives_digits.json.
 """
 
 import ml_collections

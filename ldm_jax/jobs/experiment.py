@@ -25,7 +25,7 @@ from ldm_jax.files import read_json, write_json
 from ldm_jax.interop import pretrained
 from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
 from ldm_jax.runs.build import codec_of, denoising_of, facts_of_config
-from ldm_jax.runs.config_files import build, config_dict, load_config_file
+from ldm_jax.runs.config_files import build, config_dict, group, load_config_file
 from ldm_jax.runs.denoiser import Guide, Model, load_model
 from ldm_jax.runs.digit_judge import open_judge, sample_figures
 from ldm_jax.runs.first_stage import FirstStage
@@ -182,7 +182,7 @@ def _read_arm(plan: dict[str, Any], name: str) -> Arm:
             load_config_file(first if named else plan["first_stage"]),
             {} if named else first,
         ),
-        tuple(build(SampleOptions, dict(way), "samples") for way in ways),
+        tuple(build(SampleOptions, way, "samples") for way in ways),
     )
 
 
@@ -240,6 +240,17 @@ def _check_names(plan: dict[str, Any], needed: set[str], optional: set[str]) -> 
             f"the plan has {sorted(plan)}; it must give {sorted(needed)}, none of it empty, and "
             f"may give {sorted(optional)}"
         )
+    samples = group(plan.get("samples", {}), "samples")
+    group(plan["arms"], "arms")
+    for name, fields in plan["arms"].items():
+        group(fields, f"arms.{name}")
+    for name in {"first_stage", "denoiser"} & plan.keys():
+        if not isinstance(plan[name], str):
+            raise InputError(f"{name} is {plan[name]!r}; it must be the text FILE:VARIANT")
+    several = {"seeds": plan["seeds"]} | {f"samples.{arm}": ways for arm, ways in samples.items()}
+    for name, value in several.items():
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{name} is {value!r}; it must be a tuple")
 
 
 @contextlib.contextmanager

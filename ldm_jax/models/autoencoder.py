@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from ldm_jax.errors import InputError, choose
 from ldm_jax.models import latents, quantizer
 from ldm_jax.models.layers import (
+    COMPUTE_DTYPES,
     Conv,
     Declared,
     GroupNorm,
@@ -58,6 +59,7 @@ class AutoencoderConfig:
 
     def __post_init__(self):
         choose("latent", self.latent, LATENTS)
+        choose("autoencoder compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         if self.latent == "identity":
             if (len(self.width_multipliers), self.latent_channels) != (1, self.image_channels):
                 raise InputError(

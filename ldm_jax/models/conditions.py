@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, within
 from ldm_jax.sharding import constrain
 
 Cond = dict[str, jax.Array]
@@ -84,6 +84,7 @@ class ClassCondition:
             raise InputError(
                 f"num_classes {self.num_classes} must be positive for the class condition"
             )
+        within("context_dim", self.context_dim, "[1, inf)", "it is the width of a class's token")
 
     @property
     def widths(self) -> Widths:
@@ -131,6 +132,19 @@ def widths(conditions: Conditions) -> Widths:
         max((w.tokens for w in each), default=0),
         sum(w.maps for w in each),
     )
+
+
+def check_names(conditions: Conditions) -> None:
+    """Raises InputError where two rows have parameters of one name, as two of one kind have."""
+    owner: dict[str, str] = {}
+    for name, condition in conditions.items():
+        for parameter in condition.axes():
+            first = owner.setdefault(parameter, name)
+            if first != name:
+                raise InputError(
+                    f"conditions {first!r} and {name!r} both have parameters {parameter!r}; "
+                    f"leave one out, as with --config.model.conditions.{name}.kind=none"
+                )
 
 
 def entries(conditions: Conditions) -> dict[str, jax.ShapeDtypeStruct]:

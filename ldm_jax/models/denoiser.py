@@ -47,6 +47,7 @@ class DenoiserConfig:
 
     def __post_init__(self):
         conditions.widths(self.conditions)
+        conditions.check_names(self.conditions)
 
     @property
     def widths(self) -> Widths:

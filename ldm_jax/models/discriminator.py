@@ -12,7 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from ldm_jax.errors import choose, within
-from ldm_jax.models.layers import Declared, draw_parameters, parameter_axes, resolve_dtype
+from ldm_jax.models.layers import (
+    COMPUTE_DTYPES,
+    Declared,
+    draw_parameters,
+    parameter_axes,
+    resolve_dtype,
+)
 from ldm_jax.sharding import constrain
 
 NORMS = ("batch", "act", "none")
@@ -28,6 +34,7 @@ class DiscriminatorConfig:
 
     def __post_init__(self):
         choose("discriminator norm", self.norm, NORMS)
+        choose("discriminator compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         for name in ("width", "num_layers"):
             within(f"discriminator {name}", getattr(self, name), "[1, inf)")
 

@@ -18,13 +18,15 @@ import numpy as np
 from ldm_jax.errors import InputError, choose
 from ldm_jax.sharding import constrain, platform
 
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16")
+
 
 def resolve_dtype(name: str) -> Any:
     """The dtype of matrix products; "auto" is bfloat16 on TPUs and GPUs and float32 on the CPU.
 
     The platform is that of the mesh in use, so that a program is the same wherever it is compiled.
     """
-    choose("compute_dtype", name, ("auto", "float32", "bfloat16"))
+    choose("compute_dtype", name, COMPUTE_DTYPES)
     if name == "auto":
         name = "float32" if platform() == "cpu" else "bfloat16"
     return jnp.dtype(name)

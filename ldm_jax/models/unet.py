@@ -13,9 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.errors import InputError
+from ldm_jax.errors import InputError, choose, within
 from ldm_jax.models.conditions import Signals, Widths
 from ldm_jax.models.layers import (
+    COMPUTE_DTYPES,
     Conv,
     Dense,
     GroupNorm,
@@ -54,9 +55,22 @@ class UNetConfig:
     compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on the CPU
 
     def __post_init__(self):
+        for name in ("in_channels", "out_channels", "num_res_blocks", "transformer_depth"):
+            within(f"unet {name}", getattr(self, name), "[1, inf)")
+        choose("unet compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        within("unet width", self.width, "[2, inf)", "times take a cosine and a sine at least")
+        if not self.width_multipliers:
+            raise InputError("unet width_multipliers () are of no level; give one a level")
+        odd = [f for f in self.attention_factors if f < 1 or f & (f - 1)]
+        if odd:
+            raise InputError(
+                f"unet attention_factors {odd} are no level's; levels are downsampled by 1, 2, 4, "
+                "8 and so on"
+            )
         widths = [self.width * m for m in self.width_multipliers]
         check_groups(widths, self.norm_groups, "unet")
-        if (self.num_heads > 0) == (self.head_channels > 0):
+        few, many = sorted((self.num_heads, self.head_channels))
+        if few != 0 or many < 1:
             raise InputError(
                 f"unet num_heads {self.num_heads} and head_channels {self.head_channels}: exactly "
                 "one must be positive, the other 0"

@@ -87,8 +87,11 @@ def build(run: AutoencoderRun | DenoiserRun, facts: LatentFacts | None, mesh: Me
     """
     check_batch(run.batch_size, mesh, parts=run.accumulate)
     if isinstance(run, DenoiserRun):
-        assert facts is not None, "a denoiser's trainer needs the facts of its latents"
+        if facts is None:
+            raise TypeError("a denoiser's trainer needs the facts of its latents, not None")
         return make_trainer(denoiser_training(run, facts), mesh)
+    if facts is not None:
+        raise TypeError("a first stage's trainer takes no facts of latents; give None")
     return make_trainer(first_stage_training(run), mesh)
 
 

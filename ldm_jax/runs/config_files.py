@@ -4,6 +4,7 @@
 and the types; past this door nobody sees a ConfigDict, and a misspelt field has been refused.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -11,6 +12,7 @@ import inspect
 import json
 import keyword
 import typing
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,8 @@ def _check_names(cls: type, values: dict[str, Any], where: str) -> None:
             raise InputError(f"{where}.{name} is not a field; {hint}")
 
 
-def _group(value: Any, where: str) -> dict[str, Any]:
+def group(value: Any, where: str) -> dict[str, Any]:
+    """The value; InputError unless it is a group of fields."""
     if not isinstance(value, dict):
         raise InputError(f"{where} is {value!r}; it must be a group of fields")
     return value
@@ -80,21 +83,33 @@ def _group(value: Any, where: str) -> dict[str, Any]:
 
 def _row(kinds: dict[str, type], values: Any, name: str, where: str) -> tuple[str, dict[str, Any]]:
     """(kind, fields) of a row; one among several is of the kind of its name where it says none."""
-    fields = dict(_group(values, where))
-    usual = name if name in kinds else next(iter(kinds))
-    kind = fields.pop("kind", usual)
+    fields = dict(group(values, where))
+    if name and name not in kinds and "kind" not in fields:
+        raise InputError(
+            f"{where} says no kind, and {name!r} is none of {list(kinds)}; name the row after its "
+            f"kind, or give it one with --{where}.kind"
+        )
+    kind = fields.pop("kind", name or next(iter(kinds)))
     choose(f"{where}.kind", kind, kinds)
     return kind, fields
 
 
-def _without_none(rows: dict[str, Any]) -> dict[str, Any]:
-    """Rows but for those of kind "none": so the command line leaves one out."""
-    return {n: v for n, v in rows.items() if not (isinstance(v, dict) and v.get("kind") == "none")}
+def _without_none(rows: Any, known: Collection[str], where: str) -> dict[str, Any]:
+    """Rows but for those of kind "none": so the command line leaves out one of `known`."""
+    rows = group(rows, where)
+    gone = [n for n, v in rows.items() if isinstance(v, dict) and v.get("kind") == "none"]
+    for name in gone:
+        if name not in known:
+            raise InputError(
+                f"{where}.{name}.kind 'none' leaves out a row that is not there; choose one of "
+                f"{sorted(known)}"
+            )
+    return {n: v for n, v in rows.items() if n not in gone}
 
 
 def build(cls: type, values: dict[str, Any], where: str = "config") -> Any:
     """A dataclass from nested plain values; InputError for unknown fields and wrong types."""
-    values = todays(cls, values)
+    values = todays(cls, group(values, where))
     _check_names(cls, values, where)
     hints, built = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
@@ -103,14 +118,14 @@ def build(cls: type, values: dict[str, Any], where: str = "config") -> Any:
         value, place = values[field.name], f"{where}.{field.name}"
         kinds = kinds_of(field)
         if kinds and field.metadata.get("several"):
-            rows = _without_none(_group(value, place))
+            rows = _without_none(value, kinds, place)
             built[field.name] = {
                 n: _build_row(kinds, v, n, f"{place}.{n}") for n, v in rows.items()
             }
         elif kinds:
             built[field.name] = _build_row(kinds, value, "", place)
         elif dataclasses.is_dataclass(hints[field.name]):
-            built[field.name] = build(hints[field.name], _group(value, place), place)
+            built[field.name] = build(hints[field.name], value, place)
         else:
             built[field.name] = _typed(hints[field.name], value, place)
     return cls(**built)
@@ -141,7 +156,7 @@ def config_dict(cls: type, *layers: dict[str, Any]) -> ml_collections.ConfigDict
     """
     filled = default_fields(cls)
     for values in layers:
-        filled = _fill(cls, filled, todays(cls, values), "config")
+        filled = _fill(cls, filled, todays(cls, group(values, "config")), "config")
     return ml_collections.ConfigDict(filled, convert_dict=True)
 
 
@@ -154,8 +169,8 @@ def _fill(cls: type, defaults: dict[str, Any], values: dict[str, Any], where: st
         value, place = values[field.name], f"{where}.{field.name}"
         before, kinds = defaults[field.name], kinds_of(field)
         if kinds and field.metadata.get("several"):
-            rows = _without_none(_group(value, place))
-            gone = _group(value, place).keys() - rows.keys()
+            rows = _without_none(value, {**before, **kinds}, place)
+            gone = value.keys() - rows.keys()
             kept = {n: v for n, v in before.items() if n not in gone}
             value = kept | {
                 n: _fill_row(kinds, before.get(n), v, n, f"{place}.{n}") for n, v in rows.items()
@@ -163,7 +178,11 @@ def _fill(cls: type, defaults: dict[str, Any], values: dict[str, Any], where: st
         elif kinds:
             value = _fill_row(kinds, before, value, "", place)
         elif dataclasses.is_dataclass(hints[field.name]):
-            value = _fill(hints[field.name], before, _group(value, place), place)
+            value = _fill(hints[field.name], before, group(value, place), place)
+        elif isinstance(before, tuple) and isinstance(value, list):  # as JSON has them
+            value = tuple(value)
+        elif isinstance(before, float) and type(value) is int:
+            value = float(value)
         filled[field.name] = value
     return filled
 
@@ -171,7 +190,7 @@ def _fill(cls: type, defaults: dict[str, Any], values: dict[str, Any], where: st
 def _fill_row(kinds: dict[str, type], before: Any, values: Any, name: str, where: str) -> dict:
     """A row with every field it has; those of `before` where that is of the same kind."""
     before = before or {}
-    kind, fields = _row(kinds, {**_kind_of(before), **_group(values, where)}, name, where)
+    kind, fields = _row(kinds, {**_kind_of(before), **group(values, where)}, name, where)
     filled = default_fields(kinds[kind]) if before.get("kind") != kind else dict(before)
     filled.pop("kind", None)
     return {"kind": kind, **_fill(kinds[kind], filled, fields, where)}
@@ -193,15 +212,46 @@ def load_config_file(spec: str) -> dict[str, Any]:
     if path is None:
         raise InputError(f"config file {file} does not exist; give --config=FILE:VARIANT")
     module_spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert module_spec and module_spec.loader
+    if not (module_spec and module_spec.loader):
+        raise InputError(f"config file {file} is not Python; give --config=FILE.py:VARIANT")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    arguments = [variant] if variant and inspect.signature(module.get_config).parameters else []
+    with _reading(file):
+        module_spec.loader.exec_module(module)
+    if not callable(getattr(module, "get_config", None)):
+        raise InputError(f"config file {file} has no function get_config; define it there")
+    if variant and not inspect.signature(module.get_config).parameters:
+        raise InputError(f"config {file} has no variants, and so none {variant!r}; give {file}")
+    with _reading(file):
+        try:
+            config = module.get_config(*([variant] if variant else []))
+        except KeyError as error:
+            if error.args != (variant,):
+                raise
+            known = ", ".join(getattr(module, "VARIANTS", ()))
+            raise InputError(
+                f"config {file} has no variant {variant!r}; it has: {known}"
+            ) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise InputError(
+            f"get_config of {file} returns {type(config).__name__}; it must be an "
+            "ml_collections.ConfigDict"
+        )
+    return config.to_dict()
+
+
+@contextlib.contextmanager
+def _reading(file: str) -> Iterator[None]:
+    """InputError for whatever the code of a config file raises."""
     try:
-        return module.get_config(*arguments).to_dict()
-    except KeyError as error:
-        known = ", ".join(getattr(module, "VARIANTS", ()))
-        raise InputError(f"config {file} has no variant {variant!r}; it has: {known}") from error
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())
+        raise InputError(
+            f"config file {file} fails with {type(error).__name__}: {what}; mend the file "
+            "(LDM_TRACEBACK=1 shows where)"
+        ) from error
 
 
 def load_run(cls: type[Run], spec: str, overrides: list[str]) -> Run:
@@ -214,6 +264,7 @@ def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]
     overrides = [todays_override(cls, argument) for argument in overrides]
     # Which kind a row is decides what fields there are, so that is looked at first.
     layers, overrides = _kinds_first(cls, overrides)
+    overrides = _last(overrides)
     filled = config_dict(cls, values, *layers)
     holder, arguments = flags.FlagValues(), ["ldm", *map(_in_brackets, overrides)]
     try:
@@ -228,6 +279,12 @@ def apply_overrides(cls: type[Run], values: dict[str, Any], overrides: list[str]
     return build(cls, holder.config.to_dict())
 
 
+def _last(overrides: list[str]) -> list[str]:
+    """The last argument of each field: those of tuples would be joined."""
+    paths = [a.partition("=")[0].removeprefix("--").removeprefix("no") for a in overrides]
+    return [a for i, a in enumerate(overrides) if paths[i] not in paths[i + 1 :]]
+
+
 def _in_brackets(argument: str) -> str:
     """`conditions.class.x=value` as `conditions["class"].x=value`: paths are parsed as Python."""
     path, equals, value = argument.partition("=")
@@ -238,20 +295,30 @@ def _in_brackets(argument: str) -> str:
 
 def _kinds_first(cls: type, overrides: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
     """What overrides say of kinds, and which rows they name, as values; and all other overrides."""
-    layers, others = [], []
-    rows = _row_fields(cls)
+    said: dict[str, dict[str, Any]] = {}  # by the path of a row, in the order of the line
+    others, rows = [], _row_fields(cls)
     for argument in overrides:
         path, _, value = argument.removeprefix("--config.").partition("=")
-        group = next((row for row in rows if path.startswith(f"{row}.")), "")
-        name, _, field = path[len(group) + 1 :].partition(".") if group else ("", "", "")
-        if group and rows[group] and field:  # one among several
-            layers.append(_nested(f"{group}.{name}", {"kind": value} if field == "kind" else {}))
-            others += [argument] if field != "kind" else []
-        elif group and not rows[group] and name == "kind":
-            layers.append(_nested(path, value))
+        table = next((row for row in rows if path.startswith(f"{row}.")), "")
+        name, _, field = path[len(table) + 1 :].partition(".") if table else ("", "", "")
+        if table and rows[table] and field:  # one among several
+            row = said.setdefault(f"{table}.{name}", {})
+            if field == "kind":
+                row["kind"] = value
+            else:
+                others.append(argument)
+        elif table and not rows[table] and name == "kind":
+            said[table] = {"kind": value}
         else:
             others.append(argument)
-    return layers, others
+    for argument in others:
+        for row in said:
+            if argument.startswith(f"--config.{row}.") and said[row].get("kind") == "none":
+                raise InputError(
+                    f"{argument} is of a row that --config.{row}.kind=none leaves out; drop one "
+                    "of the two"
+                )
+    return [_nested(row, values) for row, values in said.items()], others
 
 
 def _row_fields(cls: type, prefix: str = "") -> dict[str, bool]:
@@ -284,12 +351,15 @@ def _override_error(filled: dict[str, Any], overrides: list[str], error: Excepti
                 else "see the config file for its fields"
             )
             return f"config.{name} is not a field; {hint}"
+        if isinstance(known[name], dict) and "ConfigDict" in str(error):
+            return f"{argument}: config.{name} is a group; set its fields {sorted(known[name])}"
     return str(error).splitlines()[0]
 
 
-def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
+def _paths(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Path -> value of every field and group."""
+    found = {}
     for name, value in values.items():
         path = f"{prefix}{name}"
-        found += [path, *_paths(value, f"{path}.")] if isinstance(value, dict) else [path]
+        found |= {path: value, **(_paths(value, f"{path}.") if isinstance(value, dict) else {})}
     return found

@@ -164,8 +164,9 @@ def todays(cls: type, values: dict[str, Any]) -> dict[str, Any]:
         kept = {n: v for n, v in model.items() if n != "conditioner"}
         row = {"kind": "class", **model["conditioner"]}
         row = {"kind": "none"} if row["kind"] == "none" else row
-        rows = {"class": row} if model["conditioner"] else {}
-        values["model"] = {**kept, "conditions": {**rows, **kept.get("conditions", {})}}
+        rows, more = {"class": row} if model["conditioner"] else {}, kept.get("conditions", {})
+        # What is no group of rows is left as it is, to be refused.
+        values["model"] = {**kept, "conditions": rows | more if isinstance(more, dict) else more}
     return values
 
 

@@ -145,6 +145,11 @@ def test_another_plan_in_the_same_workdir_is_refused(trained, run):
         ({"seeds": ()}, "none of it empty"),
         ({"samples": {"one": []}}, "none of it empty, and may give .'first_stage'"),
         ({"seeds": (0, -1)}, "seed -1 must be in"),
+        ({"seeds": 3}, "seeds is 3; it must be a tuple"),
+        ({"arms": "one"}, "arms is 'one'; it must be a group of fields"),
+        ({"arms": {"a": "one"}}, "arms.a is 'one'; it must be a group of fields"),
+        ({"arms": {"a": {"model": 3}}}, "arm 'a': config.model is 3; it must be a group"),
+        ({"first_stage": {"seed": 3}}, "first_stage is .* it must be the text FILE:VARIANT"),
         ({"arms": {"a": PHOTOGRAPHS | {"batch_size": 5}}}, "batch_size 5 must"),
         (
             {"arms": {"a": {"images": {"source": "folder", "path": "/none", "resolution": 256}}}},
@@ -214,6 +219,10 @@ def read_run(folder):
     [
         ({"seeds": ()}, "none of it empty"),
         ({"judges": FEW}, "may give .'judge'"),
+        ({"judge": "adm"}, "judge is 'adm'; it must be a group of fields"),
+        ({"samples": "few"}, "samples is 'few'; it must be a group of fields"),
+        ({"samples": {"six": 2, "three": THREE}}, r"samples\.six is 2; it must be a tuple"),
+        ({"samples": {"six": SIX, "three": ["ddim"]}}, "arm 'three': samples is 'ddim'; it must"),
         ({"arms": {"six": {"lr": 1}, "three": {}}}, "arm 'six': config.lr is not a field"),
         ({"arms": {"six": {}}}, "give the same names"),
         ({"samples": {"six": SIX, "three": [{"step_count": 3}]}}, "step_count is not a field"),

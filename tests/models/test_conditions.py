@@ -150,6 +150,20 @@ def test_a_class_condition_without_classes_is_refused():
         ClassCondition()
 
 
+@pytest.mark.parametrize("width", [0, -4])
+def test_a_token_without_channels_is_refused(width):
+    with pytest.raises(InputError, match=rf"context_dim {width} must be at least 1"):
+        ClassCondition(num_classes=7, context_dim=width)
+
+
+def test_rows_with_parameters_of_one_name_are_refused():
+    conditions.check_names({"class": CLASS, "text": Text(), "more": Text("more")})
+    with pytest.raises(
+        InputError, match=r"'class' and 'b' both have parameters 'embedding'.*\.b\.kind"
+    ):
+        conditions.check_names({"class": CLASS, "text": Text(), "b": CLASS})
+
+
 def test_dropped_condition_is_the_null_one_and_a_kept_one_stays():
     cond = {"label": jnp.array([1, 2, 3], jnp.int32)}
     dropped = conditions.drop(ONE, cond, jnp.array([True, False, True]))

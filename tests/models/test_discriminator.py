@@ -188,7 +188,9 @@ def _conv(x, kernel, stride):
     return np.asarray(h)
 
 
-@pytest.mark.parametrize("fields", [dict(norm="layer"), dict(width=0), dict(num_layers=0)])
+@pytest.mark.parametrize(
+    "fields", [dict(norm="layer"), dict(width=0), dict(num_layers=0), dict(compute_dtype="fp16")]
+)
 def test_a_configuration_that_cannot_be_is_refused(fields):
     with pytest.raises(InputError, match=next(iter(fields))):
         discriminator.DiscriminatorConfig(**fields)

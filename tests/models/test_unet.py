@@ -324,6 +324,15 @@ def test_vectors_of_another_width_than_the_time_are_refused():
             {"num_heads": 0, "head_channels": 16, "attention_factors": (1,)},
             r"attending width\(s\) \[8\] must divide by head_channels 16",
         ),
+        ({"num_heads": -1, "head_channels": 4}, "num_heads -1 and head_channels 4: exactly one"),
+        ({"width_multipliers": ()}, r"width_multipliers \(\) are of no level"),
+        ({"width_multipliers": (1, 0)}, r"width\(s\) \[0\] must"),
+        ({"attention_factors": (3, 2, 0)}, r"attention_factors \[3, 0\] are no level's"),
+        ({"width": 1, "norm_groups": 1}, "unet width 1 must be at least 2"),
+        ({"num_res_blocks": 0}, "unet num_res_blocks 0 must be at least 1"),
+        ({"transformer_depth": -1}, "unet transformer_depth -1 must be at least 1"),
+        ({"compute_dtype": "fp16"}, "unet compute_dtype 'fp16' is unknown; choose one of"),
+        ({"in_channels": 0}, "unet in_channels 0 must be at least 1"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(change, message):

@@ -9,14 +9,30 @@ import json
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.models import denoiser
+from ldm_jax.models import conditions, denoiser
 from ldm_jax.models.conditions import ClassCondition
 from ldm_jax.models.unet import UNetConfig
 from ldm_jax.runs import workdir as run_dir
+from ldm_jax.runs.build import build as trainer_of
+from ldm_jax.runs.build import facts_of_config
 from ldm_jax.runs.config_files import apply_overrides, build, config_dict, load_run, to_json
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.sharding import make_mesh
 from tests import tiny
+
+
+@dataclasses.dataclass(frozen=True)
+class Breed(ClassCondition):
+    """Another kind of row, whose parameters have a name of their own."""
+
+    def axes(self):
+        return {"breed_embedding": ("vocab", "in_channels")}
+
+
+@pytest.fixture(autouse=True)
+def breeds(monkeypatch):
+    monkeypatch.setitem(conditions.CONDITIONS, "breed", Breed)
+
 
 TEN = {"kind": "class", "num_classes": 10, "context_dim": 8}
 
@@ -26,7 +42,7 @@ def with_conditions(conditions):
     return dataclasses.replace(tiny.DENOISER, model=model)
 
 
-TWO = {"class": ClassCondition(3, 8), "breed": ClassCondition(5, 8)}
+TWO = {"class": ClassCondition(3, 8), "breed": Breed(5, 8)}
 RUNS = {
     "defaults of a denoiser": DenoiserRun(),
     "a first stage": tiny.AUTOENCODER,
@@ -63,8 +79,8 @@ def test_rows_of_a_config_file_say_their_kind_or_are_of_that_of_their_name():
     said = run_of({"conditions": {"class": TEN}})
     named = run_of({"conditions": {"class": {"num_classes": 10, "context_dim": 8}}})
     assert said == named and said.conditions == {"class": ClassCondition(10, 8)}
-    other = run_of({"conditions": {"breed": TEN}})
-    assert other.conditions == {"breed": ClassCondition(10, 8)}
+    other = run_of({"conditions": {"label": TEN}})
+    assert other.conditions == {"label": ClassCondition(10, 8)}
     assert run_of({"backbone": {"kind": "unet", "width": 64}}).backbone == UNetConfig(width=64)
     assert run_of({"backbone": {"width": 64}}).backbone == UNetConfig(width=64)
     assert run_of({}) == denoiser.DenoiserConfig()
@@ -91,11 +107,11 @@ def test_a_row_may_be_named_on_the_command_line_only():
     assert one.conditions == {"class": ClassCondition(4)}
     both = run_of(
         {"conditions": {"class": TEN}},
-        "--config.model.conditions.breed.num_classes=4",
-        "--config.model.conditions.breed.kind=class",
-        "--config.model.conditions.breed.context_dim=8",
+        "--config.model.conditions.label.num_classes=4",
+        "--config.model.conditions.label.kind=breed",
+        "--config.model.conditions.label.context_dim=8",
     )
-    assert both.conditions == {"class": ClassCondition(10, 8), "breed": ClassCondition(4, 8)}
+    assert both.conditions == {"class": ClassCondition(10, 8), "label": Breed(4, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +174,48 @@ def test_another_kind_has_the_fields_of_its_own():
             "many",
         ),
         ({"backbone": {"widht": 64}}, [], r"widht is not a field; did you mean 'width'"),
+        (
+            {"conditions": {"clas": {"num_classes": 4}}},
+            [],
+            r"clas says no kind.*conditions\.clas\.kind",
+        ),
+        ({}, ["--config.model.conditions.clas.num_classes=4"], r"clas says no kind.*'class'"),
+        (
+            {"conditions": {"class": TEN}},
+            ["--config.model.conditions.clas.kind=none"],
+            r"clas\.kind 'none' leaves out a row that is not there; choose one of .*'class'",
+        ),
+        ({"conditions": {"clas": {"kind": "none"}}}, [], "clas.* a row that is not there"),
+        ({"conditions": {"class": TEN, "label": TEN}}, [], "'class' and 'label' both have param"),
+        (
+            {"conditions": {"class": TEN}},
+            ["--config.model.conditions.class.context_dim=0"],
+            "context_dim 0 must be at least 1",
+        ),
+        *[
+            (
+                {"conditions": {"class": TEN}},
+                turned,
+                r"num_classes=4 is of a row that --config\.model\.conditions\.class\.kind=none",
+            )
+            for turned in (
+                [
+                    "--config.model.conditions.class.num_classes=4",
+                    "--config.model.conditions.class.kind=none",
+                ],
+                [
+                    "--config.model.conditions.class.kind=none",
+                    "--config.model.conditions.class.num_classes=4",
+                ],
+            )
+        ],
+        (
+            {"conditions": {"class": TEN}},
+            ["--config.model.conditions.class=none"],
+            r"conditions\.class is a group; set its fields \['context_dim', 'kind', ",
+        ),
+        ({"conditioner": TEN, "conditions": 3}, [], "conditions is 3; it must be a group"),
+        (3, [], "config.model is 3; it must be a group"),
     ],
 )
 def test_what_no_row_is_like_is_refused(model, overrides, words):
@@ -231,3 +289,55 @@ def test_a_preset_is_understood_with_its_conditions():
     assert run.loss.condition_dropout == 0.1
     with pytest.raises(InputError, match=r"has no variant 'cifar'; it has: digits, imagenet-ldm4"):
         load_run(DenoiserRun, "configs/denoiser.py:cifar", [])
+
+
+def test_lists_of_a_record_are_tuples_on_the_command_line():
+    record = to_json(dataclasses.replace(tiny.DENOISER, ema=tiny.AVERAGES))
+    changed = apply_overrides(DenoiserRun, record, ["--config.ema.more=(0.5,)"])
+    assert changed.ema == dataclasses.replace(tiny.AVERAGES, more=(0.5,))
+    judged = apply_overrides(DenoiserRun, record, ["--config.samples.judge.metrics=('fid',)"])
+    assert judged.samples.judge.metrics == ("fid",)
+
+
+def test_a_whole_number_of_a_file_gives_way_to_a_fraction():
+    run = apply_overrides(DenoiserRun, {"optim": {"lr": 1}}, ["--config.optim.lr=0.5"])
+    assert run.optim.lr == 0.5
+
+
+def test_the_last_word_on_a_field_counts():
+    for said, more in (([(0.5,), (0.9,)], (0.9,)), ([(0.9,), ()], ())):
+        run = apply_overrides(DenoiserRun, {}, [f"--config.ema.more={value}" for value in said])
+        assert run.ema.more == more
+    turned = ["--config.flip=true", "--noconfig.flip", "--config.flip=true"]
+    assert apply_overrides(DenoiserRun, {}, turned).flip
+    assert not apply_overrides(DenoiserRun, {}, turned[:2]).flip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("README.md", "# Words", "README.md is not Python"),
+        ("c.py", "x = 3", "has no function get_config"),
+        ("c.py", "get_config = 3", "has no function get_config"),
+        ("c.py", "def get_config():\n    return {}", "returns dict; it must be an ml_collections"),
+        ("c.py", "def get_config(:", "fails with SyntaxError: .*line 1"),
+        ("c.py", "import no_such_module", "fails with ModuleNotFoundError: .*no_such_module"),
+        ("c.py", "def get_config(variant):\n    return {}", "fails with TypeError: .*variant"),
+        ("c.py", "def get_config():\n    return {}['lr']", "fails with KeyError: 'lr'"),
+        ("c.py:small", "def get_config():\n    return {}", "has no variants, .*'small'; give"),
+    ],
+)
+def test_a_file_that_is_no_config_is_refused(tmp_path, name, text, words):
+    (tmp_path / name.partition(":")[0]).write_text(text)
+    with pytest.raises(InputError, match=words) as error:
+        load_run(DenoiserRun, str(tmp_path / name), [])
+    assert "\n" not in str(error.value)
+
+
+def test_facts_are_of_a_denoisers_latents_alone():
+    mesh = make_mesh()
+    with pytest.raises(TypeError, match="needs the facts of its latents"):
+        trainer_of(tiny.DENOISER, None, mesh)
+    facts = facts_of_config(tiny.DENOISER, tiny.AUTOENCODER.model)
+    with pytest.raises(TypeError, match="takes no facts"):
+        trainer_of(tiny.AUTOENCODER, facts, mesh)
