@@ -76,7 +76,7 @@ def test_a_missing_config_or_variant_is_refused(capsys, tmp_path):
     line = refused(capsys, ["train-autoencoder", "--config=configs/autoencoder.py:kl-f9", workdir])
     assert "kl-f9" in line
     assert "kl-f8" in line
-    assert "run.json" in refused(capsys, ["train-autoencoder", workdir])
+    assert "holds no run to go on with" in refused(capsys, ["train-autoencoder", workdir])
 
 
 def test_a_corrupt_image_stops_the_run_and_loses_nothing(capsys, tmp_path):

@@ -24,7 +24,7 @@ from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train.state import TrainState
 from tests import tiny
 
-CONFIG = dataclasses.replace(tiny.AUTOENCODER, eval_every=1, eval_images=37)
+CONFIG = dataclasses.replace(tiny.AUTOENCODER, eval_every=1, eval_images=37, keep_best="psnr")
 
 
 @pytest.fixture(scope="module")
