@@ -150,7 +150,7 @@ def test_without_an_interval_there_is_no_evaluation_and_no_data_is_opened(tmp_pa
         monkeypatch.setattr(module, "open_images", recorded)
     monkeypatch.setattr(train_autoencoder, "fit", lambda *a, **more: hooks.append(more["hooks"]))
     for every in (0, 1):
-        run = dataclasses.replace(CONFIG, eval_every=every)
+        run = dataclasses.replace(CONFIG, eval_every=every, keep_best="")
         train_autoencoder.run(run, tmp_path / str(every), jax.devices()[:1])
     assert opened == ["train", "train", "held_out"]
     assert [[hook.every for hook in each] for each in hooks] == [[], [1]]
