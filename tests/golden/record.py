@@ -49,10 +49,11 @@ def train_and_sample(root: Path, variant: str) -> None:
     ldm("sample", f"--workdir={workdir}", *flags)
 
 
-def evaluate(root: Path) -> None:
+def evaluate(root: Path, classifier: bool) -> None:
     ldm("evaluate", f"--workdir={root / 'autoencoder'}", "--num=64")
     sampled = ["--num=32", "--steps=3", "--batch-size=16"]
-    ldm("evaluate", f"--workdir={root / 'denoiser'}", *sampled)
+    if classifier:
+        ldm("evaluate", f"--workdir={root / 'denoiser'}", *sampled)
     judged = ["--extractor=random-conv", "--allow-few", "--guidance=2"]
     ldm("evaluate", f"--workdir={root / 'denoiser'}", *sampled, *judged)
 
@@ -97,12 +98,15 @@ def figures(workdir: Path) -> list[dict[str, float]]:
     return [json.loads(line)["figures"] for line in lines]
 
 
-def record(root: Path, variants=("denoiser", "flow", "edm")) -> dict:
-    """Runs everything in `root`; what there is to compare, as plain values."""
+def record(root: Path, variants=("denoiser", "flow", "edm"), *, classifier: bool = True) -> dict:
+    """Runs everything in `root`; what there is to compare, as plain values.
+
+    Figures by a `classifier`, which is trained for them, are told apart by one machine alone.
+    """
     train_first_stage(root)
     for variant in variants:
         train_and_sample(root, variant)
-    evaluate(root)
+    evaluate(root, classifier)
     return {
         "losses": {name: losses(root / name) for name in ("autoencoder", *variants)},
         "checkpoints": {name: checkpoint(root / name) for name in ("autoencoder", *variants)},
