@@ -10,7 +10,8 @@ here: group norm by its formula, and a guard that selects between an old and a n
 import os
 
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # XLA makes a thread for each core it has
 
 import contextlib
 import dataclasses
