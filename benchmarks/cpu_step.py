@@ -11,7 +11,6 @@ import os
 
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # XLA makes a thread for each core it has
 
 import contextlib
 import dataclasses
@@ -39,6 +38,8 @@ from ldm_jax.train import step as step_lib
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.step import Seen, Training, make_trainer
 from tests.parity import reference
+
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # XLA makes a thread for each core it has
 
 RUN = build(DenoiserRun, denoiser.get_config("digits").to_dict())
 FIRST_STAGE = build(AutoencoderRun, autoencoder.get_config("digits").to_dict())
