@@ -17,7 +17,6 @@ import numpy as np
 
 from ldm_jax.diffusion import noise_levels
 from ldm_jax.diffusion.noise_levels import NoiseLevels
-from ldm_jax.diffusion.objective import LOSSES
 from ldm_jax.diffusion.process import Process
 from ldm_jax.errors import InputError, choose, within
 
@@ -206,57 +205,61 @@ def _pooled(
     return mask
 
 
+def l1(error: jax.Array) -> jax.Array:
+    """|error|; its slope at 0 is 0, where that of jnp.abs is 1."""
+    return jnp.where(error == 0, 0.0, jnp.abs(error))
+
+
 def huber(error: jax.Array) -> jax.Array:
     """error^2 / 2 up to 1, and |error| - 1/2 beyond."""
     size = jnp.abs(error)
     return jnp.where(size < 1, 0.5 * jnp.square(error), size - 0.5)
 
 
-PENALTIES: dict[str, Callable[[jax.Array], jax.Array]] = {**LOSSES, "huber": huber}
+PENALTIES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "l1": l1,
+    "l2": jnp.square,
+    "huber": huber,
+}
 
 
-def _standardised(maps: jax.Array, by: jax.Array) -> jax.Array:
-    """Maps [K,H,W,C] less the mean of `by` over space, divided by its standard deviation."""
-    mean, var = (f(by, axis=(1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
-    return (maps - mean) / jnp.sqrt(var + STD_FLOOR)
+def _std(maps: jax.Array) -> jax.Array:
+    """[K,1,1,C] of maps [K,H,W,C], over space."""
+    return jnp.sqrt(jnp.var(maps, axis=(1, 2), keepdims=True) + STD_FLOOR)
 
 
-Pair = tuple[jax.Array, jax.Array]
+def _pred_stats(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> jax.Array:
+    """Both by the prediction's mean and deviation; the gradient passes through the deviation."""
+    return (predicted - target) / _std(predicted)
 
 
-def _pred_stats(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> Pair:
-    """Both by the prediction's statistics, through which the gradient passes."""
-    return _standardised(predicted, predicted), _standardised(target, predicted)
+def _pred_stats_sg(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> jax.Array:
+    """The same with the deviation held: growing it is then no way to a smaller loss."""
+    return (predicted - target) / jax.lax.stop_gradient(_std(predicted))
 
 
-def _pred_stats_sg(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> Pair:
-    """The same without that gradient, which can be had by more variance alone."""
-    fixed = jax.lax.stop_gradient(predicted)
-    return _standardised(predicted, fixed), _standardised(target, fixed)
+def _target_stats(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> jax.Array:
+    return (predicted - target) / _std(target)
 
 
-def _target_stats(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> Pair:
-    return _standardised(predicted, target), _standardised(target, target)
+def _separate(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> jax.Array:
+    """Each by its own; the prediction too without outliers, or z would differ from itself."""
+    pair = jnp.where(kept, predicted, 0.0), target
+    ours, theirs = ((x - jnp.mean(x, axis=(1, 2), keepdims=True)) / _std(x) for x in pair)
+    return ours - theirs
 
 
-def _separate(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> Pair:
-    """Each by its own statistics; the prediction too without outliers, else z would differ from
-    itself."""
-    predicted = jnp.where(kept, predicted, 0.0)
-    return _standardised(predicted, predicted), _standardised(target, target)
+def _target_l2(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> jax.Array:
+    """Both by the norm of the target's channels at each pixel."""
+    norm = jnp.sqrt(jnp.sum(jnp.square(target), axis=-1, keepdims=True))
+    return (predicted - target) / (norm + NORM_FLOOR)
 
 
-def _target_l2(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> Pair:
-    """Both by the norm of the target's channels at each pixel, as LPIPS does with its own."""
-    norm = jnp.sqrt(jnp.sum(jnp.square(target), axis=-1, keepdims=True)) + NORM_FLOOR
-    return predicted / norm, target / norm
+def _none(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> jax.Array:
+    return predicted - target
 
 
-def _none(predicted: jax.Array, target: jax.Array, kept: jax.Array) -> Pair:
-    return predicted, target
-
-
-NORMALISERS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], Pair]] = {
+NORMALISERS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], jax.Array]] = {
     "pred_stats": _pred_stats,
     "pred_stats_sg": _pred_stats_sg,
     "target_stats": _target_stats,
@@ -264,7 +267,10 @@ NORMALISERS: dict[str, Callable[[jax.Array, jax.Array, jax.Array], Pair]] = {
     "target_l2": _target_l2,
     "none": _none,
 }
-"""(predicted, target with 0 for outliers, inliers, all [K,H,W,C]) -> both, to be compared."""
+"""(predicted, target with 0 for outliers, inliers, all [K,H,W,C]) -> difference once normalised.
+
+A mean that both are freed of is in no difference. Without it, equal maps differ by exactly 0.
+"""
 
 DEPTH_WEIGHTS: dict[str, Callable[[int, int], float]] = {
     "inverse_resolution": lambda mid, side: mid / side,
@@ -289,7 +295,7 @@ def distance(
     The lists begin with mid; `taps` are places in them (`tap_indices`). No gradient by `target`.
     A depth weight compares a tap's height with that of mid, whether mid is a tap or not.
     """
-    loss, kept_shares = jnp.zeros(len(predicted[0])), []
+    loss, kept_shares = jnp.zeros(len(predicted[0]), jnp.float32), []
     for place, tap in enumerate(taps):
         ours = predicted[tap].astype(jnp.float32)
         theirs = jax.lax.stop_gradient(target[tap]).astype(jnp.float32)
@@ -297,8 +303,9 @@ def distance(
         kept = inliers(config, theirs, tap)
         if config.mask and tap >= config.mask_from:
             kept_shares.append(jnp.mean(kept, axis=(1, 2, 3), dtype=jnp.float32))
-        pair = NORMALISERS[config.normaliser](ours, jnp.where(kept, theirs, 0.0), kept)
-        errors = jnp.where(kept, PENALTIES[config.penalty](pair[0] - pair[1]), 0.0)
+        normalised = NORMALISERS[config.normaliser]
+        error = normalised(ours, jnp.where(kept, theirs, 0.0), kept)
+        errors = jnp.where(kept, PENALTIES[config.penalty](error), 0.0)
         by_channel = jnp.sum(errors, axis=(1, 2))
         if config.reduction == "mean":
             counts = jnp.sum(kept, axis=(1, 2), dtype=jnp.float32)
