@@ -90,6 +90,12 @@ def platform() -> str:
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
+def active_batch_shards() -> int:
+    """In how many parts the mesh in use cuts a batch; 1 where none is."""
+    mesh = _active.get()
+    return batch_shards(mesh) if mesh is not None else 1
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Pins the axes of `x` to the mesh by logical name; the identity when no mesh is in use.
 

@@ -117,6 +117,8 @@ class Denoised(NamedTuple):
 
     loss: jax.Array  # [B] f32
     x0: jax.Array  # [B, H, W, C] f32, the prediction's estimate of the data
+    output: jax.Array | None = None  # [B, H, W, C or 2C], what the denoiser gave
+    loss_of: Callable[[jax.Array], jax.Array] | None = None  # such an output -> loss [B]
 
 
 def denoising_loss(
@@ -140,29 +142,39 @@ def denoising_loss(
     """
     choose("loss", penalty, LOSSES)
     z_t = corrupt(process, z0, noise, t)
+    name = objective.parameterisation
+
+    def read(output: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        prediction, v = (
+            learned_variance.split(output) if objective.learned_variance else (output, None)
+        )
+        # A prediction of [B, H, W, 1] would broadcast to a plausible number.
+        assert prediction.shape == noise.shape, (
+            f"prediction {output.shape} must have z0's shape {noise.shape}, its channels twice "
+            "with learned_variance"
+        )
+        return _f32(prediction), v
+
+    def loss_of(output: jax.Array) -> jax.Array:
+        prediction, v = read(output)
+        target = _f32(parameterisation.target(process, name, z0, noise, t))
+        errors = LOSSES[penalty](prediction - target)
+        loss = jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
+        if objective.weight != "simple":
+            loss = loss * weight(process, objective, t)
+        if uncertainty is not None:
+            loss = loss * jnp.exp(-uncertainty(t)) + uncertainty(t)
+        if objective.cosine_weight:
+            loss = loss + objective.cosine_weight * direction_error(prediction, target)
+        if v is not None:
+            assert isinstance(process, TableProcess), "learned variances are of timesteps"
+            vlb = learned_variance.hybrid_vlb(process, _f32(z0), _f32(z_t), prediction, _f32(v), t)
+            loss = loss + learned_variance.hybrid_weight(process) * vlb
+        return loss
+
     output = denoiser(z_t, t, cond)
-    prediction, v = learned_variance.split(output) if objective.learned_variance else (output, None)
-    # A prediction of [B, H, W, 1] would broadcast to a plausible number.
-    assert prediction.shape == noise.shape, (
-        f"prediction {output.shape} must have z0's shape {noise.shape}, its channels twice with "
-        "learned_variance"
-    )
-    prediction, name = _f32(prediction), objective.parameterisation
-    target = _f32(parameterisation.target(process, name, z0, noise, t))
-    errors = LOSSES[penalty](prediction - target)
-    loss = jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
-    if objective.weight != "simple":
-        loss = loss * weight(process, objective, t)
-    if uncertainty is not None:
-        loss = loss * jnp.exp(-uncertainty(t)) + uncertainty(t)
-    if objective.cosine_weight:
-        loss = loss + objective.cosine_weight * direction_error(prediction, target)
-    if v is not None:
-        assert isinstance(process, TableProcess), "learned variances are of timesteps"
-        bound = learned_variance.hybrid_vlb(process, _f32(z0), _f32(z_t), prediction, _f32(v), t)
-        loss = loss + learned_variance.hybrid_weight(process) * bound
-    x0, _ = parameterisation.x0_and_eps(process, name, _f32(z_t), prediction, t)
-    return Denoised(loss, x0)
+    x0, _ = parameterisation.x0_and_eps(process, name, _f32(z_t), read(output)[0], t)
+    return Denoised(loss_of(output), x0, output, loss_of)
 
 
 def _f32(x: jax.Array) -> jax.Array:

@@ -84,7 +84,7 @@ def run(
         Order(len(source), config.seed),
         record=record,
         frozen=frozen,
-        start_from=start_from,
+        start_from=None if start_from is None else (start_from, {}),
         hooks=hooks,
     )
 

@@ -13,12 +13,15 @@ from ldm_jax.files import absolute
 from ldm_jax.models import conditions
 from ldm_jax.runs import held_out
 from ldm_jax.runs.build import LatentFacts, build, codec_of, facts_of_manifest
-from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.first_stage import load_first_stage, tree_hash
+from ldm_jax.runs.initial import load_initial
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.runs.training import fit
-from ldm_jax.runs.workdir import check_run
+from ldm_jax.runs.workdir import check_run, read_run
 from ldm_jax.sampling import judged
 from ldm_jax.sharding import make_mesh
+from ldm_jax.train import perceptual
+from ldm_jax.train.checkpoint import has_checkpoint
 from ldm_jax.train.hooks import check_keep_best
 from ldm_jax.train.state import TrainState
 
@@ -31,7 +34,7 @@ def run(
     config = resolve_paths(config)
     first_stage = load_first_stage(config.autoencoder, mesh)
     cache = _open(config, "train", first_stage.encoder_hash)
-    facts = facts_of_manifest(config, cache.manifest)
+    facts = facts_of_manifest(config, cache.manifest, first_stage.config)
     trainer = build(config, facts, mesh)
     if config.flip and not cache.manifest.mirrored:
         raise InputError(
@@ -46,7 +49,14 @@ def run(
         codec = codec_of(config, facts)
         hooks.append(judged.hook(config, workdir, mesh, first_stage, codec))
     check_keep_best(config.keep_best, hooks)
-    record = check_run(workdir, "train-denoiser", config, mesh, describe(cache, facts))
+    data, start_from = describe(cache, facts), None
+    if config.init_from and has_checkpoint(workdir):  # which holds all that is needed
+        data["init_from_hash"] = read_run(workdir)["data"].get("init_from_hash")
+    elif config.init_from:
+        start_from = load_initial(config, data, trainer)
+        data["init_from_hash"] = tree_hash(start_from[0])
+    record = check_run(workdir, "train-denoiser", config, mesh, data)
+    frozen = {perceptual.FROZEN: perceptual.decoder_of(first_stage.params)}
 
     def read(indices: np.ndarray, positions: np.ndarray) -> dict[str, np.ndarray]:
         rows = cache.read(indices, positions, flip=config.flip, seed=config.seed)
@@ -60,6 +70,8 @@ def run(
         read,
         cache.order(config.seed),
         record=record,
+        frozen=frozen if config.lpl.active else {},
+        start_from=start_from,
         hooks=hooks,
     )
 
@@ -88,4 +100,5 @@ def resolve_paths(config: DenoiserRun) -> DenoiserRun:
         raise InputError("config.autoencoder is empty; give the workdir of a trained first stage")
     first_stage = absolute(config.autoencoder)
     cache = absolute(config.latents) or f"{first_stage}/latents"
-    return dataclasses.replace(config, autoencoder=first_stage, latents=cache)
+    places = {"autoencoder": first_stage, "latents": cache, "init_from": absolute(config.init_from)}
+    return dataclasses.replace(config, **places)

@@ -191,24 +191,56 @@ class _Encoder(nn.Module):
         return conv1x1(c.moment_channels, dtype, "adapter")(x).astype(jnp.float32)
 
 
+def _decoder_start(z, config):
+    """Up to the middle; run inside a module, whose parameters it names."""
+    x = conv1x1(config.z_channels, config.dtype, "adapter")(z)
+    width = config.width * config.width_multipliers[-1]
+    return _middle(Conv(width, dtype=config.dtype, name="conv_in")(x), config)
+
+
+def _decoder_level(x, level, config):
+    """One level's blocks and what enlarges their output; likewise."""
+    for j in range(config.num_res_blocks + 1):
+        features = config.width * config.width_multipliers[level]
+        x = _ResBlock(features, config, name=f"level{level}_block{j}")(x)
+        if config.attends[level]:
+            x = _Attention(config, name=f"level{level}_attention{j}")(x)
+    if level:
+        x = upsample_nearest(x)
+        x = Conv(x.shape[-1], dtype=config.dtype, name=f"level{level}_upsample")(x)
+    return x
+
+
 class _Decoder(nn.Module):
     config: AutoencoderConfig
 
     @nn.compact
     def __call__(self, z):
-        c, dtype = self.config, self.config.dtype
-        x = conv1x1(c.z_channels, dtype, "adapter")(z)
-        x = Conv(c.width * c.width_multipliers[-1], dtype=dtype, name="conv_in")(x)
-        x = _middle(x, c)
-        for i, multiplier in reversed(list(enumerate(c.width_multipliers))):
-            for j in range(c.num_res_blocks + 1):
-                x = _ResBlock(c.width * multiplier, c, name=f"level{i}_block{j}")(x)
-                if c.attends[i]:
-                    x = _Attention(c, name=f"level{i}_attention{j}")(x)
-            if i:
-                x = upsample_nearest(x)
-                x = Conv(x.shape[-1], dtype=dtype, name=f"level{i}_upsample")(x)
-        return nn.swish(GroupNorm(c.norm_groups, name="norm_out")(x))
+        x = _decoder_start(z, self.config)
+        for level in reversed(range(len(self.config.width_multipliers))):
+            x = _decoder_level(x, level, self.config)
+        return nn.swish(GroupNorm(self.config.norm_groups, name="norm_out")(x))
+
+
+class _DecoderStart(nn.Module):
+    """The first part of `_Decoder`, of its parameters."""
+
+    config: AutoencoderConfig
+
+    @nn.compact
+    def __call__(self, z):
+        return _decoder_start(z, self.config)
+
+
+class _DecoderLevel(nn.Module):
+    """A level of `_Decoder`, of its parameters."""
+
+    config: AutoencoderConfig
+    level: int
+
+    @nn.compact
+    def __call__(self, x):
+        return _decoder_level(x, self.level, self.config)
 
 
 def _last_layer(config):
@@ -279,6 +311,36 @@ def decode_features(config: AutoencoderConfig, params: Any, z: jax.Array) -> jax
     """The decoder up to its last layer, [B,h,w,C] -> [B,hf,wf,width]; nothing is quantized."""
     z = constrain(z, "batch", "height", "width", "channels")
     return _Decoder(config).apply({"params": params["decoder"]}, z)
+
+
+def decoder_taps(config: AutoencoderConfig) -> tuple[str, ...]:
+    """Names of `decoder_maps`: "mid", then "up0", "up1", ... from the deepest level on."""
+    if config.latent == "identity":
+        return ()
+    return ("mid", *(f"up{i}" for i in range(len(config.width_multipliers))))
+
+
+def decoder_maps(
+    config: AutoencoderConfig, params: Any, z: jax.Array, count: int, *, remat: bool = False
+) -> list[jax.Array]:
+    """The first `count` inner maps of decoding z [B,h,w,C], [B,H_l,W_l,C_l] in the compute dtype.
+
+    In the order of `decoder_taps`: what leaves the middle, then what leaves each level, enlarged
+    where it is; nothing after them is computed. A VQ model's z is snapped to its codebook, with the
+    gradient of the identity. `remat` computes each level again for its gradient.
+    """
+    assert 1 <= count <= len(decoder_taps(config)), f"{count} of {decoder_taps(config)}"
+    if config.latent == "vq":
+        snapped = quantizer.quantize(params["quantizer"]["codebook"], z)[0]
+        z = quantizer.straight_through(z, snapped)
+    z = constrain(z, "batch", "height", "width", "channels")
+    levels = range(len(config.width_multipliers))
+    parts = [_DecoderStart(config), *(_DecoderLevel(config, i) for i in reversed(levels))]
+    maps = [z]
+    for part in parts[:count]:
+        run = jax.checkpoint(part.apply) if remat else part.apply
+        maps.append(run({"params": params["decoder"]}, maps[-1]))
+    return maps[1:]
 
 
 def to_image(config: AutoencoderConfig, params: Any, features: jax.Array) -> jax.Array:

@@ -5,9 +5,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from ldm_jax.models import conditions, unet
 from ldm_jax.models.conditions import CONDITIONS, Cond, Condition, Widths
+from ldm_jax.sharding import key_name
 
 
 class Backbone(NamedTuple):
@@ -83,3 +85,25 @@ def apply(
     """Prediction f32 [B,H,W,C] from z_t f32 [B,H,W,C], times [B], conditions {name: [B,...]}."""
     signals = conditions.apply(config.conditions, params["conditioner"], cond)
     return config.network.apply(config.backbone, params["backbone"], z_t, t, signals)
+
+
+def widened(config: DenoiserConfig, params: Any, like: Any, groups: int = 1) -> Any:
+    """Parameters of this model but for fewer latent channels, with zeros for the new ones.
+
+    `like` are the shapes of this model's. The output's channels are `groups` of latent ones, each
+    of which grows at its end. What was predicted of the old channels does not depend on the new
+    ones then, and of those it is 0.
+    """
+
+    def grow(path: Any, old: jax.Array, new: Any) -> jax.Array:
+        if old.shape == new.shape:
+            return old
+        names = {key_name(key) for key in path}
+        assert names & set(config.network.edges), f"{path} has {old.shape}, not {new.shape}"
+        *rest, have = old.shape
+        more = [(0, want - n) for n, want in zip(rest, new.shape[:-1], strict=True)]
+        split = old.reshape(*rest, groups, have // groups) if have != new.shape[-1] else old
+        last = [(0, 0), (0, (new.shape[-1] - have) // groups)] if split is not old else [(0, 0)]
+        return jnp.pad(split, [*more, *last]).reshape(new.shape)
+
+    return jax.tree_util.tree_map_with_path(grow, params, like)

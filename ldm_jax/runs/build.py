@@ -17,14 +17,16 @@ from jax.sharding import Mesh
 
 from ldm_jax.data.records.manifest import Manifest
 from ldm_jax.diffusion import objective
+from ldm_jax.diffusion.perceptual import capacity
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.models import autoencoder, conditions, denoiser
+from ldm_jax.models.autoencoder import AutoencoderConfig
 from ldm_jax.models.frozen import lpips
 from ldm_jax.models.latents import SampleCodec, Whitening, make_codec, whitening
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.sharding import check_batch
-from ldm_jax.train import adversarial, first_stage, optim, uncertainty
+from ldm_jax.train import adversarial, first_stage, optim, perceptual, uncertainty
 from ldm_jax.train.denoiser import Denoising, per_example, training_loss
 from ldm_jax.train.step import Trainer, Training, make_trainer
 
@@ -39,6 +41,7 @@ class LatentFacts:
     # Field -> shape of one example, beside the moments; None: whatever the conditions ask for.
     fields: Mapping[str, tuple[int, ...]] | None = None
     num_classes: int = 0  # of the labels; 0 = not known
+    first_stage: AutoencoderConfig | None = None  # whose decoder a perceptual loss asks
 
     @property
     def moments_shape(self) -> tuple[int, int, int]:
@@ -46,8 +49,10 @@ class LatentFacts:
         return (height, width, (2 if self.posterior == "gaussian" else 1) * channels)
 
 
-def facts_of_manifest(run: DenoiserRun, manifest: Manifest) -> LatentFacts:
-    """Of a latent cache."""
+def facts_of_manifest(
+    run: DenoiserRun, manifest: Manifest, first_stage: AutoencoderConfig | None = None
+) -> LatentFacts:
+    """Of a latent cache, and the first stage that it is of."""
     return LatentFacts(
         manifest.latent_shape,
         manifest.posterior,
@@ -61,6 +66,7 @@ def facts_of_manifest(run: DenoiserRun, manifest: Manifest) -> LatentFacts:
         ),
         {field.name: field.shape for field in manifest.table if field.name != "moments"},
         manifest.num_classes,
+        first_stage,
     )
 
 
@@ -71,12 +77,12 @@ def facts_of_record(record: dict[str, Any], posterior: str) -> LatentFacts:
     return LatentFacts(tuple(data["latent_shape"]), posterior, Whitening(shift, scale))
 
 
-def facts_of_config(run: DenoiserRun, model: autoencoder.AutoencoderConfig) -> LatentFacts:
+def facts_of_config(run: DenoiserRun, model: AutoencoderConfig) -> LatentFacts:
     """Of configurations alone: statistics that only a cache knows are those of white latents."""
     ones = (1.0,) * model.latent_channels
     zeros = (0.0,) * model.latent_channels
     white = whitening(run.whitening, zeros, ones, 1.0, run.scale_factor, run.shift_factor)
-    return LatentFacts(model.latent_shape, model.posterior, white)
+    return LatentFacts(model.latent_shape, model.posterior, white, first_stage=model)
 
 
 def build(run: AutoencoderRun | DenoiserRun, facts: LatentFacts | None, mesh: Mesh) -> Trainer:
@@ -109,24 +115,57 @@ def denoising_of(run: DenoiserRun, facts: LatentFacts) -> Denoising:
 
 
 def denoiser_training(run: DenoiserRun, facts: LatentFacts) -> Training:
-    width = run.objective.uncertainty
-    edges = run.model.network.edges
+    denoising, width = denoising_of(run, facts), run.objective.uncertainty
+    losses, edges = per_example(denoising), run.model.network.edges
+    lpl = perceptual_of(run, facts, denoising)
     entries = {"moments": jax.ShapeDtypeStruct(facts.moments_shape, "float32")}
     entries |= conditions.entries(run.model.conditions)
     return Training(
         init=lambda key: denoiser.init(run.model, key),
         axes=denoiser.axes(run.model),
-        loss=training_loss(per_example(denoising_of(run, facts)), run.loss_bins),
+        loss=perceptual.training_loss(losses, lpl, run.loss_bins)
+        if lpl
+        else training_loss(losses, run.loss_bins),
         optimizer=optim.make_optimizer(run.optim, run.num_steps, edges),
         learning_rate=optim.learning_rate(run.optim, run.num_steps),
-        average=run.ema,
+        # A kept average is past its warm-up.
+        average=dataclasses.replace(run.ema, warmup=run.ema.warmup and run.init_averages != "keep"),
         batch=in_batches(entries, run.batch_size),
         seed=run.seed,
         accumulate=run.accumulate,
-        init_extra=lambda _: {"uncertainty": uncertainty.init(width)} if width else {},
+        init_extra=lambda _: (
+            ({"uncertainty": uncertainty.init(width)} if width else {})
+            | ({perceptual.STATE: perceptual.init_state(run.lpl)} if lpl else {})
+        ),
         extra_axes={"uncertainty": uncertainty.axes()} if width else {},
         trained_extra=("uncertainty",) if width else (),
+        after_update=perceptual.after_update(run.lpl) if lpl else None,
+        frozen=_decoder_shapes(lpl.first_stage) if lpl else {},
+        frozen_axes=_decoder_axes(lpl.first_stage) if lpl else {},
     )
+
+
+def perceptual_of(
+    run: DenoiserRun, facts: LatentFacts, denoising: Denoising
+) -> perceptual.Perceptual | None:
+    """The run's latent perceptual loss; None where it has none."""
+    if not run.lpl.active:
+        return None
+    if facts.first_stage is None:
+        raise TypeError("a perceptual loss needs the first stage of the latents, not None")
+    perceptual.check(run.lpl, facts.first_stage)
+    process, levels = denoising.process, run.objective.noise_levels
+    count = capacity(run.lpl, process, levels, run.batch_size // run.accumulate)
+    return perceptual.Perceptual(run.lpl, facts.first_stage, denoising, count)
+
+
+def _decoder_shapes(model: AutoencoderConfig) -> dict[str, Any]:
+    shapes = jax.eval_shape(lambda: autoencoder.init(model, jax.random.key(0)))
+    return {perceptual.FROZEN: perceptual.decoder_of(shapes)}
+
+
+def _decoder_axes(model: AutoencoderConfig) -> dict[str, Any]:
+    return {perceptual.FROZEN: perceptual.decoder_of(autoencoder.axes(model))}
 
 
 def first_stage_training(run: AutoencoderRun) -> Training:

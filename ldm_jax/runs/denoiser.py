@@ -71,9 +71,9 @@ def load_model(
                 f"{name.replace('_', '-')} {getattr(which, name)} must be a checkpoint's; leave "
                 "it out for the newest"
             )
-    run, data = _read(workdir)
+    run, data = read_denoiser(workdir)
     guide_workdir = Path(which.guide_workdir or workdir)
-    guide_run, its_data = _read(guide_workdir)
+    guide_run, its_data = read_denoiser(guide_workdir)
     _check_guide(guide_workdir, guide_run, its_data, run, data)
     mesh = make_mesh(mesh_config)
     first_stage = load_first_stage(run.autoencoder, mesh)
@@ -83,7 +83,7 @@ def load_model(
             f"the denoiser saw latents of {data['encoder_hash'][:12]}; give back the weights "
             "it was trained with, or cache and train anew"
         )
-    weights = _load(workdir, run, which.weights, which.step, mesh)
+    weights = load_params(workdir, run, which.weights, which.step, mesh)
     guide = None
     if which.autoguided:
         guide = _load_guide(workdir, guide_workdir, guide_run, which, weights, mesh)
@@ -104,7 +104,7 @@ def _load_guide(
 ) -> Guide:
     itself = where.resolve() == Path(workdir).resolve()
     step = weights.step if itself and which.guide_step == -1 else which.guide_step
-    found = _load(where, run, which.guide_weights, step, mesh)
+    found = load_params(where, run, which.guide_weights, step, mesh)
     if itself and (found.step, found.which) == (weights.step, weights.which):
         raise InputError(
             f"guide {where} at step {found.step} with weights {found.which!r} is the model itself; "
@@ -141,12 +141,14 @@ def _classes(run: DenoiserRun) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def _read(workdir: Path) -> tuple[DenoiserRun, dict[str, Any]]:
+def read_denoiser(workdir: Path) -> tuple[DenoiserRun, dict[str, Any]]:
+    """The settings of a denoiser's run, and what run.json says of its data."""
     record = read_run(workdir, "train-denoiser")
     return build(DenoiserRun, record["config"]), record["data"]
 
 
-def _load(workdir: Path, run: DenoiserRun, which: str, step: int, mesh: Mesh) -> RunWeights:
+def load_params(workdir: Path, run: DenoiserRun, which: str, step: int, mesh: Mesh) -> RunWeights:
+    """The parameters named `which` of a denoiser's checkpoint, -1 = the newest, on the mesh."""
     axes = denoiser.axes(run.model)
     like = abstract_params(lambda key: denoiser.init(run.model, key), axes, mesh)
     which, at = run.weights_named(which), None if step == -1 else step

@@ -5,6 +5,7 @@ from typing import Any
 
 from ldm_jax.data.images import ImagesConfig
 from ldm_jax.diffusion.objective import Objective
+from ldm_jax.diffusion.perceptual import PerceptualConfig
 from ldm_jax.diffusion.process import ProcessConfig
 from ldm_jax.errors import InputError, choose, within
 from ldm_jax.eval.judge import JudgeOptions
@@ -138,6 +139,11 @@ class DenoiserRun(Run):
     process: ProcessConfig = ProcessConfig()
     objective: Objective = Objective()
     loss: DenoiserLoss = DenoiserLoss()
+    lpl: PerceptualConfig = PerceptualConfig()  # the latent perceptual loss beside it
+    init_from: str = ""  # workdir of a denoiser's run whose weights to begin with; empty = random
+    init_weights: str = "params"  # of those: "params" | "ema" | "ema-NAME"
+    init_optimizer: str = "restart"  # | "keep": its moments and count, for "params" alone
+    init_averages: str = "restart"  # | "keep": go on from its averages of the same decays
     optim: OptimConfig = OptimConfig(weight_decay=0.01)
 
     def __post_init__(self):
@@ -149,6 +155,40 @@ class DenoiserRun(Run):
                 "0; set --config.eval_every"
             )
         within("loss_bins", self.loss_bins, "[0, inf)", "0 logs none")
+        self._check_init()
+
+    def _check_init(self) -> None:
+        for name in ("init_optimizer", "init_averages"):
+            choose(name, getattr(self, name), ("restart", "keep"))
+        kept = [n for n in ("init_optimizer", "init_averages") if getattr(self, n) == "keep"]
+        if not self.init_from:
+            if kept or self.init_weights != "params":
+                raise InputError(
+                    f"{(*kept, 'init_weights')[0]} is about the run of init_from, and that is "
+                    "empty; name its workdir with --config.init_from=DIR"
+                )
+            return
+        if kept and self.init_weights != "params":
+            raise InputError(
+                f"{kept[0]} 'keep' with init_weights {self.init_weights!r}: the optimizer and the "
+                "averages are of the trained parameters; set --config.init_weights=params, or "
+                "restart them"
+            )
+        if self.init_optimizer == "keep" and self.optim.schedule == "cosine":
+            raise InputError(
+                "init_optimizer 'keep' goes on with the count of updates, which a cosine schedule "
+                "would have ended; set --config.optim.schedule=constant, or restart it"
+            )
+        if self.init_optimizer == "keep" and self.objective.uncertainty:
+            raise InputError(
+                f"init_optimizer 'keep' with objective.uncertainty {self.objective.uncertainty}: "
+                "that begins anew, and its moments would not; set --config.init_optimizer=restart"
+            )
+        if self.init_averages == "keep" and self.ema.power:
+            raise InputError(
+                f"init_averages 'keep' with ema.power {self.ema.power}: their widths are shares of "
+                "one training; set --config.init_averages=restart, or leave them out"
+            )
 
 
 def todays(cls: type, values: dict[str, Any]) -> dict[str, Any]:

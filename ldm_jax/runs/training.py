@@ -30,7 +30,7 @@ def fit(
     *,
     record: dict[str, Any],
     frozen: Any = None,
-    start_from: Any = None,
+    start_from: tuple[Any, dict[str, Any]] | None = None,
     hooks: Sequence[Hook] = (),
 ) -> TrainState:
     """Trains to `run.num_steps` in `workdir`, from its newest checkpoint when it has one.
@@ -38,7 +38,7 @@ def fit(
     `read` gives a batch of host arrays for dataset indices [b] and stream positions [b], in the
     given `order`. `record` is `check_run`'s, written once nothing more is refused. `frozen` are the
     networks of `trainer.abstract_frozen`. `start_from` are parameters to begin with instead of
-    random ones.
+    random ones, and what is kept of the training that they are from (`Trainer.init_from`).
     """
     if jax.process_index() == 0:
         params = trainer.abstract_state.params

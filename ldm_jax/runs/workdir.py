@@ -163,14 +163,9 @@ def check_trainable(workdir: Path) -> None:
     """Raises InputError for a run of imported weights, which has no optimizer to go on with."""
     record = read_run(workdir) if (Path(workdir) / "run.json").exists() else {}
     if "imported" in record:
-        remedy = (
-            f"train in a new workdir that starts from them, with --config.init_from={workdir}"
-            if record["job"] == "train-autoencoder"
-            else "sample and evaluate them, and train on in the workdir that they are from"
-        )
         raise InputError(
             f"workdir {workdir} holds imported or averaged weights and cannot be trained further; "
-            f"{remedy}"
+            f"train in a new workdir that starts from them, with --config.init_from={workdir}"
         )
 
 

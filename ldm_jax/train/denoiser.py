@@ -50,6 +50,9 @@ class Examples(NamedTuple):
     times: jax.Array  # f32 [B], 0 = data, 1 = noise
     z0: jax.Array  # f32 [B,h,w,C], what the network should have found
     x0: jax.Array  # f32 [B,h,w,C], what it says of it
+    native_times: jax.Array  # [B], as the process counts them
+    output: Any  # f32 [B,h,w,C or 2C], what the network gave
+    loss_of: Any  # such an output -> losses f32 [B]
 
 
 PerExample = Callable[[Any, Any, Batch, Any], Examples]
@@ -97,7 +100,15 @@ def per_example(denoising: Denoising) -> PerExample:
             penalty=denoising.loss.kind,
             uncertainty=log_loss if learned else None,
         )
-        return Examples(denoised.loss, process.unit_time(t), z0, denoised.x0)
+        return Examples(
+            denoised.loss,
+            process.unit_time(t),
+            z0,
+            denoised.x0,
+            t,
+            denoised.output,
+            denoised.loss_of,
+        )
 
     return compute
 

@@ -87,17 +87,18 @@ def train(
     workdir: Path,
     name: str,
     on_start: Callable[[], None] | None = None,
-    start_from: Any = None,
+    start_from: tuple[Any, dict[str, Any]] | None = None,
     hooks: Sequence[Hook] = (),
 ) -> TrainState:
     """Runs to `num_steps`, from the newest checkpoint in `workdir` when there is one.
 
-    Else it begins with a fresh state, or with the parameters `start_from`. `batches(start)` yields
-    this process's slices of the global batches from step `start` on: the data position is the
-    step and nothing else. `on_start` is called once the workdir is locked and can be gone on with,
-    before anything is written there. Raises whatever the data or a hook raises, after saving the
-    last complete step; exits with 128 + signal when asked to stop, likewise. The figures of all
-    hooks that are due at a step are one line, written before the checkpoint of their step.
+    Else it begins with a fresh state, or as `Trainer.init_from` makes it of `start_from`.
+    `batches(start)` yields this process's slices of the global batches from step `start` on: the
+    data position is the step and nothing else. `on_start` is called once the workdir is locked and
+    can be gone on with, before anything is written there. Raises whatever the data or a hook
+    raises, after saving the last complete step; exits with 128 + signal when asked to stop,
+    likewise. The figures of all hooks that are due at a step are one line, written before the
+    checkpoint of their step.
     """
     is_main = jax.process_index() == 0
     with contextlib.ExitStack() as opened:
@@ -186,11 +187,14 @@ def train(
 
 
 def _begin(
-    trainer: Trainer, checkpoints: Checkpoints, start: int, start_from: Any
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    start: int,
+    start_from: tuple[Any, dict[str, Any]] | None,
 ) -> tuple[TrainState, Meter]:
     """The state to go on from, and the metrics that no line has yet."""
     if not start:
-        state = trainer.init() if start_from is None else trainer.init_from(start_from)
+        state = trainer.init() if start_from is None else trainer.init_from(*start_from)
         return state, Meter()
     state, meta = checkpoints.restore(start, trainer.abstract_state)
     return state, Meter(meta["pending_metrics"], meta.get("skipped_in_a_row", 0))

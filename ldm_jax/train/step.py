@@ -6,7 +6,8 @@ makes of it, on a mesh, all that a loop, a plan or a benchmark needs, from shape
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,9 @@ class Trainer:
     abstract_frozen: Any  # never donated, never in a checkpoint
     batch_spec: dict[str, jax.ShapeDtypeStruct]
     init: Callable[[], TrainState]  # a fresh state, made sharded
-    init_from: Callable[[Any], TrainState]  # the same from given parameters
+    # The same from given parameters and, by the names that they have in checkpoints, what is kept
+    # of another training: its averages, its "optimizer".
+    init_from: Callable[[Any, dict[str, Any]], TrainState]
     step: Step  # compiled at its first call; donates the state
 
 
@@ -121,7 +124,9 @@ def make_trainer(training: Training, mesh: Mesh) -> Trainer:
         abstract_frozen=placed(training.frozen, frozen),
         batch_spec=placed(training.batch, batch),
         init=jax.jit(fresh, out_shardings=shardings),
-        init_from=jax.jit(lambda params: start(training, params), out_shardings=shardings),
+        init_from=jax.jit(
+            lambda params, kept: start(training, params, kept), out_shardings=shardings
+        ),
         step=jax.jit(
             make_step(training, mesh, shardings),
             donate_argnums=0,
@@ -142,8 +147,10 @@ def compiler_options(mesh: Mesh) -> dict[str, Any]:
     return {level: 1} if cpu and level not in os.environ.get("XLA_FLAGS", "") else {}
 
 
-def start(training: Training, params: Any) -> TrainState:
-    """The state before the first step."""
+def start(
+    training: Training, params: Any, kept: Mapping[str, Any] = MappingProxyType({})
+) -> TrainState:
+    """The state before the first step; what is not `kept` begins anew."""
 
     # Copies: the state is donated, and one buffer may not be donated twice.
     def copy() -> Any:
@@ -151,8 +158,9 @@ def start(training: Training, params: Any) -> TrainState:
 
     extra = training.init_extra(params)
     trained = {**params, **{n: extra[n] for n in training.trained_extra}}
-    averages = {name: copy() for name in ema.average_names(training.average)}
-    opt_state = training.optimizer.init(trained)
+    names = ema.average_names(training.average)
+    averages = {name: kept[name] if name in kept else copy() for name in names}
+    opt_state = kept["optimizer"] if "optimizer" in kept else training.optimizer.init(trained)
     return TrainState(jnp.zeros((), jnp.int32), copy(), opt_state, averages, extra)
 
 

@@ -85,7 +85,7 @@ def test_what_it_writes_is_a_run_to_sample_from_and_not_to_train(workdir, capsys
     model = load_model(out, settings.which)
     assert (model.which, model.step) == ("params", 3)
     assert draw_images(model, settings)[0].shape == (8, 8, 8, 3)
-    with pytest.raises(InputError, match="cannot be trained further; sample and eval"):
+    with pytest.raises(InputError, match="cannot be trained further; train in a new"):
         check_trainable(out)
     with pytest.raises(InputError, match="is not empty"):
         ema.run(workdir, 0.1, 3)

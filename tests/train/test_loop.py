@@ -87,7 +87,7 @@ def trainer_of(mesh, step=step, params=None):
         abstract_frozen={},
         batch_spec={"x": jax.ShapeDtypeStruct((2,), jnp.float32)},
         init=init,
-        init_from=lambda params: fresh(mesh, params),
+        init_from=lambda params, kept: fresh(mesh, params),
         step=lambda state, frozen, batch: step(state, batch),
     )
 
@@ -286,7 +286,7 @@ def test_a_run_may_begin_with_given_parameters_and_a_resumed_one_goes_on_with_it
     def go(config):
         given = {"w": jnp.full(2, 5.0)}
         return loop.train(
-            config, trainer, {}, Data(), workdir=tmp_path, name="test", start_from=given
+            config, trainer, {}, Data(), workdir=tmp_path, name="test", start_from=(given, {})
         )
 
     first = go(config)

@@ -8,6 +8,7 @@ import pytest
 
 from ldm_jax.data import stream
 from ldm_jax.data.records.reader import open_cache
+from ldm_jax.diffusion.perceptual import PerceptualConfig
 from ldm_jax.jobs import train_autoencoder, train_denoiser
 from ldm_jax.runs.build import denoising_of, facts_of_config
 from ldm_jax.sharding import (
@@ -31,6 +32,9 @@ MESHES = {
     "2x2x2 data, fsdp, tensor": (MeshConfig(2, 2, 2), 8),
 }
 
+# Of 16 rows 5 are decoded, which no mesh but the first divides.
+LPL = PerceptualConfig(target_ratio=0.25, calibration_steps=2, start_step=2, share=0.3)
+
 
 def run(stage, mesh, workdir, first_stage, num_steps=10):
     config, count = MESHES[mesh]
@@ -40,7 +44,7 @@ def run(stage, mesh, workdir, first_stage, num_steps=10):
         settings = dataclasses.replace(tiny.AUTOENCODER, mesh=config, **length)
         return train_autoencoder.run(settings, workdir, devices)
     settings = dataclasses.replace(
-        tiny.DENOISER, mesh=config, autoencoder=str(first_stage), **length
+        tiny.DENOISER, mesh=config, autoencoder=str(first_stage), lpl=LPL, **length
     )
     return train_denoiser.run(settings, workdir, devices)
 

@@ -126,7 +126,7 @@ def test_no_two_leaves_share_a_buffer(single):
 def test_a_state_from_given_parameters_is_fresh_but_for_them_and_takes_none_away(linear):
     trainer, state = linear
     given = jax.tree.map(lambda x: x + 1, state.params)
-    started = trainer.init_from(given)
+    started = trainer.init_from(given, {})
     jax.tree.map(np.testing.assert_array_equal, started.params, given)
     jax.tree.map(np.testing.assert_array_equal, started.averages["ema"], given)
     assert int(started.step) == 0 and not np.any(started.opt_state[0].mu["dense"]["kernel"])
