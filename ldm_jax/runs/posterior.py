@@ -79,7 +79,7 @@ class Posterior:
             f"(channel {worst}): codecs `sample` and `mean` can differ only where the diffusion's "
             "noise-to-signal ratio is below that; drawing costs the decoder "
             f"{mean['psnr_db'] - drawn['psnr_db']:.3g} dB of PSNR and brings the power above "
-            f"{CUT} cycles/pixel from {100 * mean[HIGH]:.3g} % to {100 * drawn[HIGH]:.3g} % of "
+            f"{CUT} cycles/pixel from {100 * mean[HIGH]:.4g} % to {100 * drawn[HIGH]:.4g} % of "
             "the originals'."
         )
 
