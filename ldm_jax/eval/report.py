@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML file of figures, images, curves and commands.
+"""The report of a run: one self-contained HTML file of figures, tables, images and curves.
 
 `report.html` is the page and its style sheet; curves are inline SVG.
 """
@@ -6,6 +6,7 @@
 import base64
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from numbers import Integral, Real
@@ -24,6 +25,7 @@ COLORS = 6  # report.html names them --s0 to --s5
 WIDTH, HEIGHT = 460, 260  # of the drawing, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 10, 44  # margins around the axes
 POINTS = 300  # most points a line is drawn through
+_VALUE = ' class="value"'  # of a cell that stands to the right
 
 
 class Curve(NamedTuple):
@@ -36,11 +38,20 @@ class Curve(NamedTuple):
     y_label: str = ""  # with its unit
 
 
+class Table(NamedTuple):
+    """A section of its own: each of `rows` is as long as `head`, and its first cell names it."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
 def write_report(
     path: str | os.PathLike,
     *,
     title: str,
-    figures: Sequence[tuple[str, object, str]],
+    figures: Sequence[tuple[str, object, str]] = (),
+    tables: Sequence[Table | tuple] = (),
     commands: Sequence[str] = (),
     timings: Mapping[str, float] | None = None,
     images: Sequence[tuple[str, np.ndarray]] = (),
@@ -50,22 +61,23 @@ def write_report(
     """Writes the report to `path`, whole or not at all; every text is escaped.
 
     `figures` are (name, value, rule or comment), `timings` phase -> seconds, `images` (caption,
-    uint8 [H,W,3]), `curves` the fields of `Curve`. Empty parts are left out. Raises InputError for
-    an image that is not uint8 [H,W,3].
+    uint8 [H,W,3]), `tables` and `curves` the fields of `Table` and `Curve`. Empty parts are left
+    out. Raises InputError for an image that is not uint8 [H,W,3].
     """
-    sections = {
-        "Figures": _figures(figures) if figures else "",
-        "Images": _images(images) if images else "",
-        "Curves": _curves(curves) if curves else "",
-        "Time": _timings(timings) if timings else "",
-        "Commands": _commands(commands) if commands else "",
-    }
+    sections = [
+        ("Figures", _figures(figures) if figures else ""),
+        *((table.title, _rows(table)) for table in map(Table._make, tables)),
+        ("Images", _images(images) if images else ""),
+        ("Curves", _curves(curves) if curves else ""),
+        ("Time", _timings(timings) if timings else ""),
+        ("Commands", _commands(commands) if commands else ""),
+    ]
     page = Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=escape(title),
         lead=f'<p class="lead">{escape(summary)}</p>' if summary else "",
         sections="".join(
-            f"<section>\n<h2>{name}</h2>\n{content}\n</section>\n"
-            for name, content in sections.items()
+            f"<section>\n<h2>{escape(name)}</h2>\n{content}\n</section>\n"
+            for name, content in sections
             if content
         ),
         version=ldm_jax.__version__,
@@ -80,6 +92,25 @@ def _figures(figures):
         for name, value, comment in figures
     )
     return _table(("Figure", "Value", "Rule or comment"), numbers=(1,), rows=rows)
+
+
+def _rows(table):
+    """Columns in which every cell begins like a number, or is empty, stand to the right."""
+    width = len(table.head)
+    assert all(len(row) == width for row in table.rows), f"{table.title}: {width} cells a row"
+    numbers = [
+        i for i in range(1, width) if all(re.match(r"[-+]?\d|$", row[i]) for row in table.rows)
+    ]
+
+    def cell(i, text):
+        return f"<td{_VALUE * (i in numbers)}>{escape(text)}</td>"
+
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(first)}</th>'
+        f"{''.join(cell(i, text) for i, text in enumerate(rest, 1))}</tr>"
+        for first, *rest in table.rows
+    )
+    return _table(table.head, numbers=numbers, rows=rows)
 
 
 def _value(value):
@@ -149,9 +180,9 @@ def _timings(timings):
 
 def _table(names, *, numbers, rows, foot="", style=""):
     """`numbers` are the columns of numbers, which stand to the right."""
-    value = ' class="value"'
     head = "".join(
-        f'<th scope="col"{value * (i in numbers)}>{name}</th>' for i, name in enumerate(names)
+        f'<th scope="col"{_VALUE * (i in numbers)}>{escape(name)}</th>'
+        for i, name in enumerate(names)
     )
     return (
         f"<table{style}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>{foot}\n</table>"

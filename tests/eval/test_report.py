@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax.errors import InputError
-from ldm_jax.eval.report import Curve, curve_svg, write_report
+from ldm_jax.eval.report import Curve, Table, curve_svg, write_report
 
 VOID = {"meta", "img"}
 GRID = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
@@ -51,6 +51,10 @@ def text(tmp_path):
             ("parameters", 1_234_567, ""),
             ("accuracy", "<i>97 %</i>", ""),
         ],
+        tables=[
+            Table("arms & <seeds>", ("arm", "FID <k>", "why"), [("a<b", "3.5 ± 0.1", "5 <of> 4")]),
+            ("none", ("arm", "FID"), []),
+        ],
         commands=["ldm demo --workdir='a<b'", "ldm evaluate"],
         timings={"autoencoder": 150.0, "denoiser": 49.5, "<other>": 0.5},
         images=[("ten & more", GRID)],
@@ -69,9 +73,13 @@ def test_page_is_well_formed_and_its_text_escaped(text):
         "--workdir='a<b'",
         "<other>",
         "<i>97 %</i>",
+        "arms & <seeds>",
+        "FID <k>",
+        "a<b",
+        "5 <of> 4",
     ):
         assert part in words
-    assert {"digits", "other"}.isdisjoint(tag for tag, _ in page.tags)
+    assert {"digits", "other", "seeds", "k", "of"}.isdisjoint(tag for tag, _ in page.tags)
 
 
 def test_page_needs_nothing_from_outside(text):
@@ -100,7 +108,23 @@ def test_page_adapts_to_dark_screens_and_narrow_ones(text):
     assert "prefers-color-scheme: dark" in text and "width=device-width" in text
 
 
+def test_tables_are_sections_behind_the_figures(text):
+    titles = re.findall("<h2>(.*?)</h2>", text)
+    assert titles[:4] == ["Figures", "arms &amp; &lt;seeds&gt;", "none", "Images"]
+
+
+def test_columns_of_numbers_stand_to_the_right(tmp_path):
+    rows = [("1", "-2.5 dB", "7 of 9"), ("2", "", "none")]
+    write_report(tmp_path / "report.html", title="t", tables=[("t", ("i", "a", "b"), rows)])
+    page = Page((tmp_path / "report.html").read_text())
+    cells = [(tag, a.get("class", "")) for tag, a in page.tags if tag in ("th", "td")]
+    row = [("th", ""), ("td", "value"), ("td", "")]
+    assert cells == [("th", ""), ("th", "value"), ("th", ""), *row, *row]
+
+
 def test_empty_parts_are_left_out(tmp_path):
+    write_report(tmp_path / "report.html", title="bare")
+    assert "<section>" not in (tmp_path / "report.html").read_text()
     write_report(tmp_path / "report.html", title="bare", figures=[("a", "b", "c")])
     assert re.findall("<h2>(.*?)</h2>", (tmp_path / "report.html").read_text()) == ["Figures"]
 
