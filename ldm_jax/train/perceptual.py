@@ -72,10 +72,12 @@ def training_loss(losses: PerExample, of: Perceptual, bins: int = 0) -> Loss:
         trained: Any, extra: dict[str, Any], frozen: Any, batch: Batch, step: jax.Array
     ) -> tuple[jax.Array, Seen]:
         examples = losses(trained, frozen, batch, step)
+        loss_of, native_times = examples.loss_of, examples.native_times
+        assert loss_of is not None and native_times is not None
         state = extra[STATE]
         keys = draw_keys(of.denoising.seed, "lpl_rows", step, positions(batch))
         z0, x0, times, order = jax.lax.stop_gradient(
-            (examples.z0, examples.x0, examples.native_times, jax.vmap(jax.random.uniform)(keys))
+            (examples.z0, examples.x0, native_times, jax.vmap(jax.random.uniform)(keys))
         )
         ratio = perceptual.noise_ratio(process, times)
 
@@ -111,7 +113,7 @@ def training_loss(losses: PerExample, of: Perceptual, bins: int = 0) -> Loss:
         sigma = process.coefficients(times)[1]
         per_output = -sigma / parameterisation.determinant(process, name, times)  # d x0 / d output
         per_output = per_output.reshape(-1, *[1] * (slope.ndim - 1)).astype(slope.dtype)
-        towards = jax.grad(lambda output: examples.loss_of(output).mean())(
+        towards = jax.grad(lambda output: loss_of(output).mean())(
             jax.lax.stop_gradient(examples.output)
         )
         share = weight * optax.tree.norm(slope * per_output) / optax.tree.norm(towards)

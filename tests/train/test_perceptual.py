@@ -18,7 +18,7 @@ from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.models import autoencoder
 from ldm_jax.models.autoencoder import AutoencoderConfig
-from ldm_jax.models.latents import SampleCodec, Whitening
+from ldm_jax.models.latents import PlainCodec, Whitening
 from ldm_jax.models.quantizer import QuantizerConfig
 from ldm_jax.runs.build import build, facts_of_config
 from ldm_jax.sharding import MeshConfig, make_mesh
@@ -56,7 +56,7 @@ def setting(config, latent="kl", size=8):
         tiny.DENOISER.model,
         PROCESS,
         Objective("velocity"),
-        SampleCodec(posterior, WHITE),
+        PlainCodec(posterior, WHITE),
         DenoiserLoss(),
         0,
     )
