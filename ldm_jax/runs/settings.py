@@ -129,6 +129,10 @@ class DenoiserRun(Run):
     samples: Samples = Samples()  # judged then too
     autoencoder: str = ""  # workdir of the first stage
     latents: str = ""  # latent cache; empty = AUTOENCODER/latents
+    init_from: str = ""  # workdir of a denoiser's run whose weights to begin with; empty = random
+    init_weights: str = "params"
+    init_optimizer: str = "restart"
+    init_averages: str = "restart"
     flip: bool = False  # train on mirrored images half of the time
     codec: str = "sample"  # what the denoiser's latent is, a name in models.latents.CODECS
     whitening: str = "global"  # "global" 1/std | "channel" mean and std of each | "none" | "fixed"
