@@ -30,7 +30,7 @@ from configs import autoencoder, denoiser
 from ldm_jax.interop.unet_names import unet_names
 from ldm_jax.models import layers, unet
 from ldm_jax.models.conditions import Signals
-from ldm_jax.runs.build import denoiser_training, facts_of_config
+from ldm_jax.runs.build import denoiser_training, facts_of_config, resolve_widths
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.sharding import make_mesh
@@ -41,8 +41,9 @@ from tests.parity import reference
 
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])  # XLA makes a thread for each core it has
 
-RUN = build(DenoiserRun, denoiser.get_config("digits").to_dict())
 FIRST_STAGE = build(AutoencoderRun, autoencoder.get_config("digits").to_dict())
+RUN = build(DenoiserRun, denoiser.get_config("digits").to_dict())
+RUN = resolve_widths(RUN, facts_of_config(RUN, FIRST_STAGE.model))
 SIDE, REPEATS, COMPILATIONS = 8, 20, 1
 LIMITS = {"to_diffusers": 1.30, "copies_of_update": 10}
 

@@ -38,8 +38,6 @@ def _published(row):
     c.model = ml_collections.ConfigDict(
         {
             "backbone": {
-                "in_channels": 3,
-                "out_channels": 3,
                 "width": width,
                 "width_multipliers": multipliers,
                 "num_res_blocks": 2,
@@ -68,8 +66,6 @@ def _digits():
     c.model = ml_collections.ConfigDict(
         {
             "backbone": {
-                "in_channels": 4,
-                "out_channels": 4,
                 "width": 48,
                 "width_multipliers": (1, 2),
                 "num_res_blocks": 1,

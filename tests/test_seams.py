@@ -1,7 +1,6 @@
 """The seams hold what is not there yet: each is proven by a toy that goes in without any job."""
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,11 +13,10 @@ from ldm_jax.data.images import SOURCES, ImagesConfig
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
 from ldm_jax.keys import key_for
-from ldm_jax.models import conditions, denoiser, latents
+from ldm_jax.models import conditions, denoiser
 from ldm_jax.models.autoencoder import AutoencoderConfig
 from ldm_jax.models.conditions import CONDITIONS, Signals, Widths
 from ldm_jax.models.denoiser import BACKBONES, Backbone, DenoiserConfig
-from ldm_jax.models.latents import CODECS, SampleCodec
 from ldm_jax.models.layers import Dense, declarations, draw_parameters, parameter_axes
 from ldm_jax.runs import training
 from ldm_jax.runs.build import build, facts_of_config
@@ -264,41 +262,6 @@ def test_a_frozen_network_is_sharded_kept_and_never_saved(tmp_path, accumulate):
     assert checkpoints.items(0) >= {"params", "optimizer", "ema", "meta"}
     assert not any("guide" in str(p) for p in tmp_path.rglob("*"))
     checkpoints.close()
-
-
-# A codec whose latent is the posterior's mean beside its log-variance.
-
-
-@dataclasses.dataclass(frozen=True)
-class MeanLogvar(SampleCodec):
-    @property
-    def channels(self) -> int:
-        return 2 * len(self.whitening.shift)
-
-    def encode_mode(self, moments: jax.Array) -> jax.Array:
-        mean, logvar = latents.split_moments(moments)
-        return jnp.concatenate([self.whitening.whiten(mean), logvar / 10], -1)
-
-    def encode(self, moments: jax.Array, keys: Any) -> jax.Array:
-        return self.encode_mode(moments)
-
-    def decode(self, z: jax.Array) -> jax.Array:
-        return self.whitening.unwhiten(jnp.split(z, 2, -1)[0])
-
-
-def test_a_codec_of_mean_and_logvar_trains_and_samples(
-    toy_backbone, first_stage, tmp_path, monkeypatch
-):
-    monkeypatch.setitem(CODECS, "mean_logvar", MeanLogvar)
-    wide = DenoiserConfig(ToyConfig(in_channels=4, out_channels=4), tiny.DENOISER.model.conditions)
-    config = with_toy(first_stage, model=wide, codec="mean_logvar", num_steps=2)
-    with pytest.raises(InputError, match=r"in_channels is 2, .* have 4 channels"):
-        train_denoiser.run(with_toy(first_stage, codec="mean_logvar"), tmp_path / "narrow")
-    train_denoiser.run(config, tmp_path)
-    model = load_model(tmp_path)
-    assert (model.codec.channels, type(model.codec)) == (4, MeanLogvar)
-    images, labels = draw_images(model, SampleOptions(num=8, steps=2, guidance=2.0))
-    assert images.shape == (8, 8, 8, 3) and labels.tolist() == list(range(8))
 
 
 # Conditions with fields of their own: a map that is always kept, and tokens that may be dropped.

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from ldm_jax.diffusion.process import TableProcess, rows
+from ldm_jax.diffusion.process import TableProcess, example_means, rows
 
 
 def split(prediction: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -38,11 +39,13 @@ def hybrid_vlb(
     eps: jax.Array,
     v: jax.Array,
     t: jax.Array,
+    channel_weights: ArrayLike | None = None,
 ) -> jax.Array:
     """The variational bound's term [B] in nats a value, whose gradient reaches v alone.
 
     KL(posterior || reverse step) for t > 0 and at t = 0 the density of z0, both averaged (IDDPM
-    section 3.1). The hybrid loss adds `hybrid_weight` times this to the mean square.
+    section 3.1), by weights [C] if there are some. The hybrid loss adds `hybrid_weight` times this
+    to the mean square.
     """
     at = _rows_at(process, t, z_t)
     eps = jax.lax.stop_gradient(eps)
@@ -54,7 +57,7 @@ def hybrid_vlb(
     # Latents are continuous: the density itself, not its integral over a bin of pixel values.
     density = (np.log(2 * np.pi) + log_var + (z0 - mean) ** 2 * jnp.exp(-log_var)) / 2
     term = jnp.where(rows(t, z_t) > 0, kl, density)
-    return jnp.mean(term, axis=tuple(range(1, term.ndim)))
+    return example_means(term, channel_weights)
 
 
 def hybrid_weight(process: TableProcess) -> float:

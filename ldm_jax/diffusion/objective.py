@@ -6,10 +6,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from ldm_jax.diffusion import learned_variance, noise_levels, parameterisation
 from ldm_jax.diffusion.noise_levels import NoiseLevels
-from ldm_jax.diffusion.process import Denoiser, Process, TableProcess, corrupt
+from ldm_jax.diffusion.process import (
+    Denoiser,
+    Process,
+    TableProcess,
+    corrupt,
+    example_means,
+    over_channels,
+)
 from ldm_jax.errors import InputError, choose, within
 
 LOSSES: dict[str, Callable[[jax.Array], jax.Array]] = {"l1": jnp.abs, "l2": jnp.square}
@@ -130,11 +138,13 @@ def denoising_loss(
     cond: Any,
     penalty: str = "l2",
     uncertainty: Callable[[jax.Array], jax.Array] | None = None,
+    channel_weights: ArrayLike | None = None,
 ) -> Denoised:
     """The loss of predicting the target in z0 [B, H, W, C] at native times t [B], 0 = data.
 
     Averaged over H, W and C (DDPM eq. 14, LDM eq. 2), times the weight. `cond` has leading axis B.
-    `uncertainty` t [B] -> u [B] makes it loss / e^u + u (EDM2). With `learned_variance` the
+    `uncertainty` t [B] -> u [B] makes it loss / e^u + u (EDM2). `channel_weights` [C] make the
+    mean, the direction's products and the bound's mean weighted ones. With `learned_variance` the
     prediction has 2C channels, and the bound's term is added. The objective is one that `check`
     lets pass; raises InputError for a penalty that is not in LOSSES.
     """
@@ -150,16 +160,20 @@ def denoising_loss(
     prediction, name = _f32(prediction), objective.parameterisation
     target = _f32(parameterisation.target(process, name, z0, noise, t))
     errors = LOSSES[penalty](prediction - target)
-    loss = jnp.mean(errors, axis=tuple(range(1, errors.ndim)))
+    loss = example_means(errors, channel_weights)
     if objective.weight != "simple":
         loss = loss * weight(process, objective, t)
     if uncertainty is not None:
         loss = loss * jnp.exp(-uncertainty(t)) + uncertainty(t)
     if objective.cosine_weight:
-        loss = loss + objective.cosine_weight * direction_error(prediction, target)
+        vectors = prediction, target
+        if channel_weights is not None:
+            vectors = [x * jnp.sqrt(over_channels(channel_weights, x)) for x in vectors]
+        loss = loss + objective.cosine_weight * direction_error(*vectors)
     if v is not None:
         assert isinstance(process, TableProcess), "learned variances are of timesteps"
-        bound = learned_variance.hybrid_vlb(process, _f32(z0), _f32(z_t), prediction, _f32(v), t)
+        data = _f32(z0), _f32(z_t)
+        bound = learned_variance.hybrid_vlb(process, *data, prediction, _f32(v), t, channel_weights)
         loss = loss + learned_variance.hybrid_weight(process) * bound
     x0, _ = parameterisation.x0_and_eps(process, name, _f32(z_t), prediction, t)
     return Denoised(loss, x0)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from ldm_jax.errors import InputError, choose, within
 
@@ -358,3 +359,16 @@ def rows(values: jax.Array, like: jax.Array) -> jax.Array:
     assert values.shape == like.shape[:1], f"{values.shape} must be [B] for an array {like.shape}"
     values = values.astype(jnp.promote_types(like.dtype, jnp.float32))
     return values.reshape(values.shape + (1,) * (like.ndim - 1))
+
+
+def example_means(x: jax.Array, channel_weights: ArrayLike | None = None) -> jax.Array:
+    """Means [B] of x [B, ..., C], with weights [C] those of the channels weighed by them."""
+    if channel_weights is not None:
+        x = x * over_channels(channel_weights, x)
+    return jnp.mean(x, axis=tuple(range(1, x.ndim)))
+
+
+def over_channels(weights: ArrayLike, like: jax.Array) -> jax.Array:
+    """Weights [C] over their mean, shaped [1, ..., C] to scale an array like `like`."""
+    weights = jnp.asarray(weights, like.dtype)
+    return (weights / weights.mean()).reshape((1,) * (like.ndim - 1) + (-1,))

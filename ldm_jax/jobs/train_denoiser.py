@@ -7,18 +7,20 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from ldm_jax.data.records import parts
 from ldm_jax.data.records.reader import LatentCache, open_cache
 from ldm_jax.errors import InputError
 from ldm_jax.files import absolute
 from ldm_jax.models import conditions
+from ldm_jax.models.latents import parts_of
 from ldm_jax.runs import held_out
-from ldm_jax.runs.build import LatentFacts, build, codec_of, facts_of_manifest
+from ldm_jax.runs.build import LatentFacts, build, codec_of, facts_of_manifest, resolve_widths
 from ldm_jax.runs.first_stage import load_first_stage
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.runs.training import fit
 from ldm_jax.runs.workdir import check_run
 from ldm_jax.sampling import judged
-from ldm_jax.sharding import make_mesh
+from ldm_jax.sharding import make_mesh, wait_for_all
 from ldm_jax.train.hooks import check_keep_best
 from ldm_jax.train.state import TrainState
 
@@ -31,7 +33,8 @@ def run(
     config = resolve_paths(config)
     first_stage = load_first_stage(config.autoencoder, mesh)
     cache = _open(config, "train", first_stage.encoder_hash)
-    facts = facts_of_manifest(config, cache.manifest)
+    facts = facts_of_manifest(config, cache.manifest, _parts(config, cache))
+    config = resolve_widths(config, facts)
     trainer = build(config, facts, mesh)
     if config.flip and not cache.manifest.mirrored:
         raise InputError(
@@ -69,16 +72,33 @@ def _open(config: DenoiserRun, split: str, encoder_hash: str) -> LatentCache:
     return open_cache(where, expect={"encoder_hash": encoder_hash})
 
 
+def _parts(config: DenoiserRun, cache: LatentCache) -> parts.Parts:
+    """What of the cache the codec needs measured; every process must call it, the first measures.
+
+    Found before, or measured and kept in the cache, which later runs then find.
+    """
+    if not parts_of(config.codec, cache.manifest.posterior):
+        return {}
+    if jax.process_index() == 0 and parts.load(cache) is None:
+        measured = parts.measure(cache)
+        parts.save(cache, measured)
+    else:
+        measured = None
+    wait_for_all("latent-parts")
+    # Where nothing can be written, every process comes to the same numbers by itself.
+    return measured or parts.load(cache) or parts.measure(cache)
+
+
 def describe(cache: LatentCache, facts: LatentFacts) -> dict:
     """What run.json says of the data; a resumed run must have the same."""
     manifest = cache.manifest
-    shift, scale = facts.whitening.shift, facts.whitening.scale
+    white = dataclasses.asdict(facts.whitening)
     return {
         "manifest_hash": manifest.hash(),
         "encoder_hash": manifest.encoder_hash,
         "num_examples": manifest.num_examples,
         "latent_shape": list(manifest.latent_shape),
-        "whitening": {"shift": list(shift), "scale": list(scale)},
+        "whitening": {name: list(values) for name, values in white.items() if values},
     }
 
 

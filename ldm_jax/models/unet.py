@@ -40,8 +40,8 @@ EDGES = ("conv_in", "conv_out", "time_in")  # first and last layers, for the opt
 class UNetConfig:
     """Exactly one of num_heads and head_channels is positive; the other is 0."""
 
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: int = 0  # of the latents; 0 = theirs, as a run fills in
+    out_channels: int = 0  # of the prediction; 0 = what the objective asks for
     width: int = 192  # channels at the finest level
     width_multipliers: tuple[int, ...] = (1, 2, 3, 5)
     num_res_blocks: int = 2  # per level going down; going up there is one more
@@ -55,7 +55,9 @@ class UNetConfig:
     compute_dtype: str = "auto"  # bfloat16 on accelerators, float32 on the CPU
 
     def __post_init__(self):
-        for name in ("in_channels", "out_channels", "num_res_blocks", "transformer_depth"):
+        for name in ("in_channels", "out_channels"):
+            within(f"unet {name}", getattr(self, name), "[0, inf)", "0 = what the latents ask for")
+        for name in ("num_res_blocks", "transformer_depth"):
             within(f"unet {name}", getattr(self, name), "[1, inf)")
         choose("unet compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         within("unet width", self.width, "[2, inf)", "times take a cosine and a sine at least")
@@ -269,6 +271,7 @@ def _declared(config: UNetConfig, widths: Widths) -> Any:
             f"unet: vectors of width {widths.vector} are added to the embedding of the time, whose "
             f"width is 4 x {config.width}; give conditions vectors of {4 * config.width}"
         )
+    assert config.in_channels and config.out_channels, "unet: a run fills in channels of 0 first"
     z = jnp.zeros((1, config.factor, config.factor, config.in_channels))
     signals = Signals(
         jnp.zeros((1, widths.vector)) if widths.vector else None,

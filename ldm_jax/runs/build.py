@@ -9,6 +9,7 @@ lowers the very program that training runs.
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -16,16 +17,24 @@ import optax
 from jax.sharding import Mesh
 
 from ldm_jax.data.records.manifest import Manifest
+from ldm_jax.data.records.parts import Part
 from ldm_jax.diffusion import objective
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.models import autoencoder, conditions, denoiser
 from ldm_jax.models.frozen import lpips
-from ldm_jax.models.latents import SampleCodec, Whitening, make_codec, whitening
+from ldm_jax.models.latents import (
+    Codec,
+    Whitening,
+    make_codec,
+    parts_of,
+    standardisation,
+    whitening,
+)
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from ldm_jax.sharding import check_batch
 from ldm_jax.train import adversarial, first_stage, optim, uncertainty
-from ldm_jax.train.denoiser import Denoising, per_example, training_loss
+from ldm_jax.train.denoiser import INDEX, Denoising, per_example, training_loss
 from ldm_jax.train.step import Trainer, Training, make_trainer
 
 
@@ -35,7 +44,7 @@ class LatentFacts:
 
     latent_shape: tuple[int, int, int]  # (H, W, C) of the first stage
     posterior: str  # "gaussian" | "point": what the moments are
-    whitening: Whitening
+    whitening: Whitening  # of the denoiser's latents
     # Field -> shape of one example, beside the moments; None: whatever the conditions ask for.
     fields: Mapping[str, tuple[int, ...]] | None = None
     num_classes: int = 0  # of the labels; 0 = not known
@@ -46,37 +55,48 @@ class LatentFacts:
         return (height, width, (2 if self.posterior == "gaussian" else 1) * channels)
 
 
-def facts_of_manifest(run: DenoiserRun, manifest: Manifest) -> LatentFacts:
-    """Of a latent cache."""
+def facts_of_manifest(
+    run: DenoiserRun, manifest: Manifest, parts: Mapping[str, Part] = MappingProxyType({})
+) -> LatentFacts:
+    """Of a latent cache, and the statistics of the `parts_of` the run's codec, by name."""
+    names = parts_of(run.codec, manifest.posterior)
+    mean = parts[names[0]] if names else manifest
+    spread = parts[names[1]] if names[1:] else None
     return LatentFacts(
         manifest.latent_shape,
         manifest.posterior,
-        whitening(
-            run.whitening,
-            manifest.mean,
-            manifest.std,
-            manifest.global_std,
-            run.scale_factor,
-            run.shift_factor,
-        ),
+        _whitening(run, mean, spread),
         {field.name: field.shape for field in manifest.table if field.name != "moments"},
         manifest.num_classes,
     )
 
 
+def _whitening(run: DenoiserRun, latents: Part | Manifest, spread: Part | None = None) -> Whitening:
+    first = whitening(
+        run.whitening,
+        latents.mean,
+        latents.std,
+        latents.global_std,
+        run.scale_factor,
+        run.shift_factor,
+    )
+    return first.beside(standardisation(**vars(spread))) if spread else first
+
+
 def facts_of_record(record: dict[str, Any], posterior: str) -> LatentFacts:
     """Of the run.json of a denoiser's run, and the posterior of its first stage."""
     data = record["data"]
-    shift, scale = (tuple(data["whitening"][name]) for name in ("shift", "scale"))
-    return LatentFacts(tuple(data["latent_shape"]), posterior, Whitening(shift, scale))
+    white = {name: tuple(values) for name, values in data["whitening"].items()}
+    return LatentFacts(tuple(data["latent_shape"]), posterior, Whitening(**white))
 
 
 def facts_of_config(run: DenoiserRun, model: autoencoder.AutoencoderConfig) -> LatentFacts:
     """Of configurations alone: statistics that only a cache knows are those of white latents."""
     ones = (1.0,) * model.latent_channels
     zeros = (0.0,) * model.latent_channels
-    white = whitening(run.whitening, zeros, ones, 1.0, run.scale_factor, run.shift_factor)
-    return LatentFacts(model.latent_shape, model.posterior, white)
+    white = Part(zeros, ones, 1.0, zeros, ones)
+    halves = max(1, len(parts_of(run.codec, model.posterior)))
+    return LatentFacts(model.latent_shape, model.posterior, _whitening(run, *[white] * halves))
 
 
 def build(run: AutoencoderRun | DenoiserRun, facts: LatentFacts | None, mesh: Mesh) -> Trainer:
@@ -95,13 +115,28 @@ def build(run: AutoencoderRun | DenoiserRun, facts: LatentFacts | None, mesh: Me
     return make_trainer(first_stage_training(run), mesh)
 
 
-def codec_of(run: DenoiserRun, facts: LatentFacts) -> SampleCodec:
+def codec_of(run: DenoiserRun, facts: LatentFacts) -> Codec:
     """What lies between the cached moments and the denoiser's latent."""
     return make_codec(run.codec, facts.posterior, facts.whitening)
 
 
+def resolve_widths(run: DenoiserRun, facts: LatentFacts) -> DenoiserRun:
+    """The run with the numbers that 0 channels of its backbone stand for."""
+    backbone = run.model.backbone
+    wants = _widths(run, codec_of(run, facts).channels)
+    given = {name: getattr(backbone, name) or want for name, want in wants.items()}
+    model = dataclasses.replace(run.model, backbone=dataclasses.replace(backbone, **given))
+    return dataclasses.replace(run, model=model)
+
+
+def _widths(run: DenoiserRun, channels: int) -> dict[str, int]:
+    double = 2 if run.objective.learned_variance else 1
+    return {"in_channels": channels, "out_channels": double * channels}
+
+
 def denoising_of(run: DenoiserRun, facts: LatentFacts) -> Denoising:
     """The run's loss as it is described; InputError where its parts do not fit each other."""
+    run = resolve_widths(run, facts)
     process, codec = make_process(run.process), codec_of(run, facts)
     objective.check(process, run.objective)
     check_model(run, facts, codec.channels)
@@ -109,10 +144,13 @@ def denoising_of(run: DenoiserRun, facts: LatentFacts) -> Denoising:
 
 
 def denoiser_training(run: DenoiserRun, facts: LatentFacts) -> Training:
+    run = resolve_widths(run, facts)
     width = run.objective.uncertainty
     edges = run.model.network.edges
     entries = {"moments": jax.ShapeDtypeStruct(facts.moments_shape, "float32")}
     entries |= conditions.entries(run.model.conditions)
+    if codec_of(run, facts).draws == "example":
+        entries[INDEX] = jax.ShapeDtypeStruct((), "int32")
     return Training(
         init=lambda key: denoiser.init(run.model, key),
         axes=denoiser.axes(run.model),
@@ -177,13 +215,13 @@ def in_batches(
 def check_model(run: DenoiserRun, facts: LatentFacts, channels: int) -> None:
     """Raises InputError unless the denoiser's sizes are those of the latents and their fields."""
     backbone = run.model.backbone
-    double = 2 if run.objective.learned_variance else 1
-    for name, want in (("in_channels", channels), ("out_channels", double * channels)):
+    for name, want in _widths(run, channels).items():
         if getattr(backbone, name) != want:
             twice = ", twice with learned_variance" if want != channels else ""
             raise InputError(
                 f"config.model.backbone.{name} is {getattr(backbone, name)}, but the cached "
-                f"latents have {channels} channels{twice}; set it to {want}"
+                f"latents by codec {run.codec!r} have {channels} channels{twice}; set it to {want},"
+                " or to 0 for what fits"
             )
     for name, condition in run.model.conditions.items():
         classes = getattr(condition, "num_classes", facts.num_classes)

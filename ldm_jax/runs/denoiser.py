@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from ldm_jax.errors import InputError
 from ldm_jax.models import conditions, denoiser
-from ldm_jax.models.latents import SampleCodec
+from ldm_jax.models.latents import Codec
 from ldm_jax.runs.build import codec_of, facts_of_record
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.first_stage import FirstStage, load_first_stage
@@ -53,7 +53,7 @@ class Model:
     step: int
     which: str
     first_stage: FirstStage
-    codec: SampleCodec
+    codec: Codec
     latent_shape: tuple[int, int, int]
     mesh: Mesh
     guide: Guide | None = None
@@ -121,7 +121,8 @@ def _check_guide(
     data: dict[str, Any],
 ) -> None:
     """Both must mean the same by a latent, a time, a prediction and a class."""
-    same = {name: (its_data[name], data[name]) for name in ("latent_shape", "whitening")}
+    same = {"codec": (guide.codec, run.codec)}
+    same |= {name: (its_data[name], data[name]) for name in ("latent_shape", "whitening")}
     same |= {"encoder_hash": (its_data["encoder_hash"][:12], data["encoder_hash"][:12])}
     same |= {"process": (guide.process, run.process)}
     same |= {"parameterisation": (guide.objective.parameterisation, run.objective.parameterisation)}

@@ -17,7 +17,7 @@ from ldm_jax.runs.build import LatentFacts, denoising_of
 from ldm_jax.runs.reconstruction import spread
 from ldm_jax.runs.settings import DenoiserRun
 from ldm_jax.sharding import batch_sharding, fitting_batch, over_batches, use_mesh
-from ldm_jax.train.denoiser import PerExample, bin_of, per_example
+from ldm_jax.train.denoiser import INDEX, PerExample, bin_of, per_example
 from ldm_jax.train.hooks import Hook, Report
 from ldm_jax.train.state import TrainState
 from ldm_jax.train.step import POSITION
@@ -59,10 +59,13 @@ def hook(config: DenoiserRun, facts: LatentFacts, mesh: Mesh, cache: LatentCache
             "out when the first stage is trained"
         )
     kept = dataclasses.replace(config.loss, condition_dropout=0.0)
-    losses = per_example(dataclasses.replace(denoising_of(config, facts), loss=kept, seed=SEED))
+    denoising = dataclasses.replace(denoising_of(config, facts), loss=kept, seed=SEED)
+    losses = per_example(denoising)
     indices = spread(len(cache), config.eval_examples)
     rows = cache.read(indices, indices) | {"position": indices}
     batch = {"moments": rows["moments"], **conditions.read(config.model.conditions, rows)}
+    if denoising.codec.draws == "example":
+        batch[INDEX] = indices.astype(np.int32)
     size = min(max(1, config.batch_size // config.accumulate), len(indices))
     measure = compile_losses(losses, batch, indices, mesh, size)
 

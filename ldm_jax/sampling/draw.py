@@ -20,6 +20,7 @@ from ldm_jax.sampling.inputs import (
 )
 from ldm_jax.sampling.options import SampleOptions, check_values
 from ldm_jax.sampling.program import (
+    check_decode,
     check_guidance,
     check_steps,
     compile_decoder,
@@ -48,6 +49,7 @@ def check_options(options: SampleOptions, model: Model) -> SampleOptions:
     check_values(options)
     check_steps(options, make_process(model.run.process))
     check_guidance(options, model)
+    check_decode(options, model)
     check_sizes(options, model)
     classes = checked_classes(options, model.run)
     batch = options.batch_size or fitting_batch(min(options.num, 100), model.mesh)
@@ -76,7 +78,7 @@ def compile_draw(model: Model, options: SampleOptions, fields: Fields = NO_FIELD
     """draw(model) -> the samples of this model with any weights; see `draw_samples`."""
     options = check_options(options, model)
     starts = initial_noise(options, model) | read_images(options, model)
-    program, decode = compile_sampler(model, options), compile_decoder(model)
+    program, decode = compile_sampler(model, options), compile_decoder(model, options)
     numbers = numbers_of(options, make_process(model.run.process))
 
     def draw(model: Model) -> Drawn:
@@ -85,7 +87,7 @@ def compile_draw(model: Model, options: SampleOptions, fields: Fields = NO_FIELD
             out, frames = program(weights, numbers, rows)
             if frames is not None and len(images) * options.batch_size < PROGRESS_ROWS:
                 shown = [
-                    host_array(decode(weights["first_stage"], frames, k))
+                    host_array(decode(weights, numbers, rows, frames, k))
                     for k in range(frames.shape[1])
                 ]
                 progress.append(np.stack(shown, axis=1))

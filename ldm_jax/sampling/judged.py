@@ -16,7 +16,7 @@ from ldm_jax.eval.image_sets import ImageStream, open_split
 from ldm_jax.eval.images_out import png_bytes
 from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.eval.statistics import over_local_rows, rows_per_process
-from ldm_jax.models.latents import SampleCodec
+from ldm_jax.models.latents import Codec
 from ldm_jax.runs.denoiser import Model
 from ldm_jax.runs.first_stage import FirstStage, tree_hash
 from ldm_jax.runs.reconstruction import RESULTS
@@ -144,7 +144,7 @@ def prepare_figures(
 
 
 def hook(
-    config: DenoiserRun, workdir: Path, mesh: Mesh, first_stage: FirstStage, codec: SampleCodec
+    config: DenoiserRun, workdir: Path, mesh: Mesh, first_stage: FirstStage, codec: Codec
 ) -> Hook:
     """Every `eval_every` steps the figures of samples of the averaged weights, or the raw ones.
 

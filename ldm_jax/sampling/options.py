@@ -20,6 +20,7 @@ IMAGES = Group(
     "where its mask is white, with its other pixels kept.",
 )
 SIZE = Group("size", "In pixels, by the same weights at other sizes.")
+DECODES = ("mean", "resampled")
 # Options that say something about guidance and nothing without it.
 GUIDANCE_CHANGES = (
     "guidance_interval",
@@ -55,6 +56,12 @@ class SampleOptions:
     )
     # 0 = min(num, 100), rounded up to fit the mesh
     batch_size: int = option(0, "images at a time over all devices", metavar="N", group=SAMPLES)
+    decode: str = option(
+        "mean",
+        "of latents that tell their spread too: their mean, or resampled by it (default: mean)",
+        choices=DECODES,
+        group=SAMPLES,
+    )
     weights: str = option(  # "auto": the average when there is one
         "auto",
         "auto, params, ema, or ema-NAME of another average, as ema-0.999 or ema-power-0.05",
@@ -218,6 +225,7 @@ class SampleOptions:
 def check_values(options: SampleOptions) -> None:
     """Raises InputError for what no model can do."""
     check_intervals(options)
+    choose("decode", options.decode, DECODES)
     sampler_options(options)
     _check_guidance(options)
     if options.threshold_x0 and not options.clip_x0:

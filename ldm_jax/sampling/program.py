@@ -104,6 +104,16 @@ def check_guidance(options: SampleOptions, model: Model) -> None:
         )
 
 
+def check_decode(options: SampleOptions, model: Model) -> None:
+    """Raises InputError for a decoding that the model's latents can't be given."""
+    if options.decode == "resampled" and not model.codec.halves[1]:
+        raise InputError(
+            f"decode 'resampled' draws by the spread that a latent's second half tells, and codec "
+            f"{model.run.codec!r} has none; leave --decode out, or train with "
+            "--config.codec=mean_logvar"
+        )
+
+
 def weights_of(model: Model) -> dict[str, Any]:
     """The parameters that a program is given first."""
     return {
@@ -180,7 +190,8 @@ def compile_sampler(model: Model, options: SampleOptions) -> Program:
                 **more,
             )
             z0, frames = drawn if options.progressive else (drawn, None)
-            images = to_images(model, weights["first_stage"], z0)
+            drawn_by = decoding_keys(options, numbers, index)
+            images = to_images(model, weights["first_stage"], z0, drawn_by)
             if "mask" in rows:
                 images = jnp.where(rows["mask"][..., None], images, rows["image"])
             return images, None if frames is None else jnp.moveaxis(frames, 0, 1)
@@ -254,17 +265,32 @@ def conversions(run: DenoiserRun) -> tuple[guidance.Convert, guidance.Convert]:
     return to_x0, from_x0
 
 
-def to_images(model: Model, first_stage_params: Any, z0: jax.Array) -> jax.Array:
-    """Latents of the denoiser f32 [B,h,w,C] -> uint8 [B,H,W,3]."""
-    z = model.codec.decode(z0)
+def decoding_keys(
+    options: SampleOptions, numbers: dict[str, Any], index: jax.Array
+) -> jax.Array | None:
+    """Of the samples `index` [B], for a decoding that draws; the same for all of a sample's x0."""
+    if options.decode == "mean":
+        return None
+    return example_keys(key_for(numbers["seed"], "posterior"), index)
+
+
+def to_images(
+    model: Model, first_stage_params: Any, z0: jax.Array, keys: jax.Array | None = None
+) -> jax.Array:
+    """Latents of the denoiser f32 [B,h,w,C] -> uint8 [B,H,W,3]; with keys [B] resampled."""
+    z = model.codec.decode(z0, keys)
     return autoencoder.to_uint8(autoencoder.decode(model.first_stage.config, first_stage_params, z))
 
 
-def compile_decoder(model: Model) -> Callable[[Any, jax.Array, int], jax.Array]:
-    """(first-stage params, predicted x0 f32 [B,F,h,w,C], which of F) -> uint8 [B,H,W,3]."""
+Decoder = Callable[[Any, dict[str, Any], dict[str, Any], jax.Array, int], jax.Array]
 
-    def decode(params, frames, which):
+
+def compile_decoder(model: Model, options: SampleOptions) -> Decoder:
+    """(weights_of, numbers_of, rows, x0 f32 [B,F,h,w,C], which of F) -> images uint8 [B,H,W,3]."""
+
+    def decode(weights, numbers, rows, frames, which):
         with use_mesh(model.mesh):
-            return to_images(model, params, frames[:, which])
+            keys = decoding_keys(options, numbers, rows["index"])
+            return to_images(model, weights["first_stage"], frames[:, which], keys)
 
     return jax.jit(decode, out_shardings=batch_sharding(model.mesh))

@@ -12,23 +12,35 @@ from ldm_jax.diffusion import noise_levels, objective
 from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.process import Process, at_network
 from ldm_jax.errors import choose, within
-from ldm_jax.keys import normal_like
+from ldm_jax.keys import example_keys, key_for, normal_like
 from ldm_jax.models import conditions, denoiser
 from ldm_jax.models.denoiser import DenoiserConfig
-from ldm_jax.models.latents import SampleCodec
+from ldm_jax.models.latents import Codec
 from ldm_jax.sharding import constrain
 from ldm_jax.train import uncertainty
 from ldm_jax.train.step import Batch, Loss, Seen, draw_keys, positions
+
+INDEX = "index"
+"""The entry of a batch that says which example of the data set each row is."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DenoiserLoss:
     kind: str = "l2"  # "l1" | "l2", mean over the latent
     condition_dropout: float = 0.1  # probability of training an example without its conditions
+    second_half_weight: float = 1.0  # of its channels in the mean, where the latent has two halves
 
     def __post_init__(self):
         choose("loss", self.kind, sorted(objective.LOSSES))
         within("condition_dropout", self.condition_dropout, "[0, 1)")
+        within("second_half_weight", self.second_half_weight, "[0, inf)", "1 = as the first half's")
+
+    def channel_weights(self, halves: tuple[int, int]) -> np.ndarray | None:
+        """f32 [C] of the channels of a latent's halves; None where all weigh the same."""
+        first, second = halves
+        if not second or self.second_half_weight == 1:
+            return None
+        return np.repeat(np.array([1, self.second_half_weight], np.float32), (first, second))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Denoising:
     model: DenoiserConfig
     process: Process
     objective: Objective
-    codec: SampleCodec
+    codec: Codec
     loss: DenoiserLoss
     seed: int  # of every draw
 
@@ -59,9 +71,10 @@ PerExample = Callable[[Any, Any, Batch, Any], Examples]
 def per_example(denoising: Denoising) -> PerExample:
     """{"moments": f32 [B,h,w,M], entries of the conditions ...} -> each example's denoising loss.
 
-    Every draw is a function of the seed, the step and the row's position in the global batch. The
-    loss is by the uncertainty where the parameters have one, which an average has not: evaluation
-    is plain.
+    Every draw is a function of the seed, the step and the row's position in the global batch, but
+    for the posterior's where the codec draws once for each example: that is of the seed and INDEX,
+    int32 [B]. The loss is by the uncertainty where the parameters have one, which an average has
+    not: evaluation is plain.
     """
     model, process, config = denoising.model, denoising.process, denoising.objective
 
@@ -77,7 +90,10 @@ def per_example(denoising: Denoising) -> PerExample:
         def log_loss(t: jax.Array) -> jax.Array:
             return uncertainty.apply(params["uncertainty"], process.unit_time(t))
 
-        z0 = denoising.codec.encode(batch["moments"], keys("posterior"))
+        posterior = keys("posterior")
+        if denoising.codec.draws == "example":
+            posterior = example_keys(key_for(denoising.seed, "posterior"), batch[INDEX])
+        z0 = denoising.codec.encode(batch["moments"], posterior)
         noise = constrain(normal_like(keys("noise"), z0), "batch", "height", "width", "channels")
         t = noise_levels.draw_times(process, config.noise_levels, keys("timestep"))
         dropped = jax.vmap(jax.random.uniform)(keys("condition_dropout"))
@@ -96,6 +112,7 @@ def per_example(denoising: Denoising) -> PerExample:
             cond=cond,
             penalty=denoising.loss.kind,
             uncertainty=log_loss if learned else None,
+            channel_weights=denoising.loss.channel_weights(denoising.codec.halves),
         )
         return Examples(denoised.loss, process.unit_time(t), z0, denoised.x0)
 

@@ -12,8 +12,9 @@ import pytest
 from ldm_jax.errors import InputError
 from ldm_jax.models import conditions, denoiser
 from ldm_jax.models.conditions import Widths
+from ldm_jax.runs.build import facts_of_config, resolve_widths
 from ldm_jax.runs.config_files import load_run
-from ldm_jax.runs.settings import DenoiserRun
+from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun
 from tests import tiny
 from tests.models.test_autoencoder import variants
 from tests.models.test_layers import normal, random_parameters
@@ -27,6 +28,7 @@ PUBLISHED = {
     "imagenet-ldm4": (400_920_579, 1001 * 512),
     "celebahq-ldm4": (274_056_163, 0),
 }
+FIRST_STAGES = {"digits": "digits", "imagenet-ldm4": "vq-f4", "celebahq-ldm4": "vq-f4"}
 
 
 def count(shapes):
@@ -35,7 +37,9 @@ def count(shapes):
 
 @pytest.mark.parametrize("name", variants("denoiser.py"))
 def test_every_preset_has_the_parameters_of_the_published_architecture(name):
-    model = load_run(DenoiserRun, f"{CONFIGS}/denoiser.py:{name}", []).model
+    run = load_run(DenoiserRun, f"{CONFIGS}/denoiser.py:{name}", [])
+    stage = load_run(AutoencoderRun, f"{CONFIGS}/autoencoder.py:{FIRST_STAGES[name]}", [])
+    model = resolve_widths(run, facts_of_config(run, stage.model)).model
     shapes = jax.eval_shape(lambda: denoiser.init(model, jax.random.key(0)))
     backbone, conditioner = count(shapes["backbone"]), count(shapes["conditioner"])
     assert backbone == published_count(model.backbone, model.widths.tokens)

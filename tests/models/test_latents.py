@@ -1,5 +1,6 @@
 """The Gaussian latent: its divergence, its draws, its whitening."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,9 +9,17 @@ import numpy as np
 import pytest
 
 from ldm_jax.errors import InputError
-from ldm_jax.keys import example_keys
+from ldm_jax.keys import example_keys, normal_like
 from ldm_jax.models import latents
-from ldm_jax.models.latents import CODECS, Whitening, make_codec, split_moments, whitening
+from ldm_jax.models.latents import (
+    DRAWS,
+    SPREADS,
+    Whitening,
+    make_codec,
+    split_moments,
+    standardisation,
+    whitening,
+)
 
 sample = jax.jit(latents.sample)
 kl_to_standard_normal = jax.jit(latents.kl_to_standard_normal)
@@ -97,26 +106,88 @@ def test_a_point_is_its_own_draw_and_mode(posterior):
     np.testing.assert_allclose(drawn, sample(gaussian, keys(3)), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", CODECS)
-def test_every_codec_whitens_what_it_encodes_and_decodes_it_again(posterior, kind):
-    white = Whitening((0.5, -1.0, 0.0, 2.0), (2.0, 3.0, 0.5, 1.0))
-    point = jnp.asarray(posterior[0], jnp.float32)
-    m = moments(*posterior)
-    for codec, given, want in (
-        (make_codec(kind, "point", white), point, point),
-        (make_codec(kind, "gaussian", white), m, sample(m, keys(3))),
-    ):
+WHITE = Whitening((0.5, -1.0, 0.0, 2.0), (2.0, 3.0, 0.5, 1.0))
+SECOND = Whitening((-9.0, 0.1, 1.0, 0.0), (0.5, 1.0, 2.0, 3.0), (-40.0,) * 4, (40.0,) * 4)
+BOTH = WHITE.beside(SECOND)
+
+
+@pytest.mark.parametrize("kind", DRAWS)
+def test_codecs_of_one_half_whiten_what_they_hold_and_give_it_back(posterior, kind):
+    point, m = jnp.asarray(posterior[0], jnp.float32), moments(*posterior)
+    held = point if kind == "mean" else sample(m, keys(3))
+    for of, given, want in (("point", point, point), ("gaussian", m, held)):
+        codec = make_codec(kind, of, WHITE)
         z = codec.encode(given, keys(3))
-        assert z.shape[-1] == codec.channels == 4
-        np.testing.assert_allclose(z, white.whiten(want), rtol=1e-5, atol=1e-5)
+        assert z.shape[-1] == codec.channels == 4 and codec.halves == (4, 0)
+        np.testing.assert_allclose(z, WHITE.whiten(want), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(codec.decode(z), want, atol=1e-5)
         mode = codec.decode(codec.encode_mode(given))
         np.testing.assert_allclose(mode, point, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", SPREADS)
+def test_codecs_of_two_halves_hold_the_mean_beside_the_spread_and_draw_by_it(posterior, kind):
+    m, codec = moments(*posterior), make_codec(kind, "gaussian", BOTH)
+    z = codec.encode(m, keys(3))
+    assert z.shape[-1] == codec.channels == 8 and codec.halves == (4, 4)
+    assert codec.draws == "none"
+    np.testing.assert_array_equal(z, codec.encode_mode(m))
+    np.testing.assert_array_equal(z[..., :4], make_codec("mean", "gaussian", WHITE).encode_mode(m))
+    np.testing.assert_allclose(codec.decode(z), posterior[0], atol=1e-5)
+    spread = SECOND.unwhiten(z[..., 4:])
+    np.testing.assert_allclose(codec.spread.std(spread), np.exp(posterior[1] / 2), rtol=1e-4)
+    drawn = codec.decode(z, keys(3))
+    np.testing.assert_allclose(drawn, sample(m, keys(3)), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_a_draw_by_the_second_half_stays_within_what_was_seen(posterior, kind):
+    spread = SPREADS[kind]
+    low, high = (np.asarray(spread.of(jnp.log(jnp.float32(v)))) for v in (0.25, 4.0))
+    bounded = dataclasses.replace(BOTH, low=(float(low),) * 4, high=(float(high),) * 4)
+    codec = make_codec(kind, "gaussian", bounded)
+    for said, std in ((-1e6, 0.5), (1e6, 2.0)):
+        z = jnp.full((3, 2, 2, 8), said).at[..., :4].set(0.0)
+        off = codec.decode(z, keys(3)) - codec.decode(z)
+        np.testing.assert_allclose(off, std * normal_like(keys(3), off), rtol=1e-3, atol=1e-5)
+
+
+def test_mean_is_a_sample_without_variance_to_the_bit():
+    # The clamp leaves a deviation of exp(-15), which is less than half a unit in the last place.
+    mean = 64.0 + np.random.default_rng(0).normal(size=(3, 2, 2, 4)) * 3
+    m = moments(mean, np.full_like(mean, -np.inf))
+    drawn, held = (make_codec(k, "gaussian", WHITE).encode(m, keys(3)) for k in ("sample", "mean"))
+    np.testing.assert_array_equal(drawn, held)
+    spread = moments(mean, np.zeros_like(mean))
+    np.testing.assert_array_equal(
+        make_codec("mean", "gaussian", WHITE).encode(spread, keys(3)), held
+    )
+
+
+def test_a_frozen_sample_is_a_sample_and_only_its_draws_are_others(posterior):
+    m = moments(*posterior)
+    each = [make_codec(k, "gaussian", WHITE) for k in ("sample", "sample_frozen")]
+    assert [codec.draws for codec in each] == ["step", "example"]
+    a, b = (codec.encode(m, keys(3)) for codec in each)
+    np.testing.assert_array_equal(a, b)
+
+
+def test_second_halves_are_standardised_but_for_channels_that_hardly_vary():
+    w = standardisation((-9.0, 1.0, 2.0), (2.0, 0.0, 0.3), 8.0, (-14.0,) * 3, (-3.0,) * 3)
+    assert w == Whitening((-9.0, 1.0, 2.0), (2.0, 0.4, 0.4), (-14.0,) * 3, (-3.0,) * 3)
+    with pytest.raises(InputError, match=r"deviation of 0\.0 .*use --config\.codec=mean"):
+        standardisation((1.0,), (0.0,), 0.0, (1.0,), (1.0,))
+
+
 def test_an_unknown_codec_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match=r"codec 'fsq' is unknown; choose one of .*'sample'"):
         make_codec("fsq", "point", IDENTITY)
+
+
+@pytest.mark.parametrize("kind", SPREADS)
+def test_the_spread_of_a_point_is_refused(kind):
+    with pytest.raises(InputError, match=rf"codec '{kind}' .* points .*use --config\.codec=mean"):
+        make_codec(kind, "point", BOTH)
 
 
 def test_log_variance_is_clamped_to_the_published_range():

@@ -332,7 +332,7 @@ def test_vectors_of_another_width_than_the_time_are_refused():
         ({"num_res_blocks": 0}, "unet num_res_blocks 0 must be at least 1"),
         ({"transformer_depth": -1}, "unet transformer_depth -1 must be at least 1"),
         ({"compute_dtype": "fp16"}, "unet compute_dtype 'fp16' is unknown; choose one of"),
-        ({"in_channels": 0}, "unet in_channels 0 must be at least 1"),
+        ({"in_channels": -1}, "unet in_channels -1 must be at least 0"),
     ],
 )
 def test_configurations_that_make_no_sense_are_refused(change, message):

@@ -12,7 +12,7 @@ from ldm_jax.diffusion.objective import Denoised, Objective
 from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.models import latents
-from ldm_jax.models.latents import SampleCodec, Whitening
+from ldm_jax.models.latents import PlainCodec, Whitening
 from ldm_jax.train import denoiser, step
 from ldm_jax.train.denoiser import DenoiserLoss, Denoising, bin_of, per_example, training_loss
 from ldm_jax.train.step import POSITION
@@ -20,7 +20,7 @@ from tests import tiny
 
 PROCESS = make_process(ProcessConfig())
 MOMENTS = np.random.default_rng(0).normal(size=(4, 2, 2, 4)).astype(np.float32)
-PLAIN = SampleCodec("gaussian", Whitening((0.0, 0.0), (1.0, 1.0)))
+PLAIN = PlainCodec("gaussian", Whitening((0.0, 0.0), (1.0, 1.0)))
 DENOISING = Denoising(tiny.DENOISER.model, PROCESS, Objective(), PLAIN, DenoiserLoss("l2", 0.5), 0)
 
 
@@ -107,7 +107,7 @@ def loss_of(monkeypatch):
         return params * z_t
 
     monkeypatch.setattr(denoiser.denoiser, "apply", apply)
-    codec = SampleCodec("gaussian", Whitening((0.5, -1.0), (2.0, 3.0)))
+    codec = PlainCodec("gaussian", Whitening((0.5, -1.0), (2.0, 3.0)))
 
     def make(loss, bins=0):
         of = dataclasses.replace(DENOISING, codec=codec, loss=loss)
