@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import ndtri
 
 from ldm_jax.diffusion.process import Process, SigmaProcess
 from ldm_jax.errors import InputError, choose, within
@@ -28,33 +30,44 @@ class NoiseLevels:
         within("shift", self.shift, "(0, inf)", "1 = none")
 
 
-def uniform(config: NoiseLevels, key: jax.Array) -> jax.Array:
-    """u [] in [0, 1)."""
-    return jax.random.uniform(key)
+class Standard(NamedTuple):
+    """A law without parameters."""
+
+    draw: Callable[[jax.Array], jax.Array]  # key -> []
+    quantile: Callable[[jax.Array], jax.Array]  # the value below which a share u of draws lies
 
 
-def logit_normal(config: NoiseLevels, key: jax.Array) -> jax.Array:
+UNIFORM = Standard(jax.random.uniform, lambda u: u)
+NORMAL = Standard(jax.random.normal, ndtri)
+
+
+def uniform(config: NoiseLevels, u: jax.Array) -> jax.Array:
+    """u in [0, 1)."""
+    return u
+
+
+def logit_normal(config: NoiseLevels, x: jax.Array) -> jax.Array:
     """A normal draw through the sigmoid (SD3 eq. 19)."""
-    return jax.nn.sigmoid(config.mean + config.std * jax.random.normal(key))
+    return jax.nn.sigmoid(config.mean + config.std * x)
 
 
-def mode(config: NoiseLevels, key: jax.Array) -> jax.Array:
+def mode(config: NoiseLevels, u: jax.Array) -> jax.Array:
     """A density with its mode in the middle (SD3 eq. 20)."""
-    u = jax.random.uniform(key)
     return 1 - u - config.mode_scale * (jnp.cos(np.pi / 2 * u) ** 2 - 1 + u)
 
 
-def log_normal(config: NoiseLevels, key: jax.Array) -> jax.Array:
+def log_normal(config: NoiseLevels, x: jax.Array) -> jax.Array:
     """ln(sigma) of edm is normal (EDM, table 1)."""
-    return jnp.exp(config.mean + config.std * jax.random.normal(key))
+    return jnp.exp(config.mean + config.std * x)
 
 
-DRAWS: dict[str, Callable[[NoiseLevels, jax.Array], jax.Array]] = {
-    "uniform": uniform,
-    "logit_normal": logit_normal,
-    "mode": mode,
-    "log_normal": log_normal,
+DRAWS: dict[str, tuple[Standard, Callable[[NoiseLevels, jax.Array], jax.Array]]] = {
+    "uniform": (UNIFORM, uniform),
+    "logit_normal": (NORMAL, logit_normal),
+    "mode": (UNIFORM, mode),
+    "log_normal": (NORMAL, log_normal),
 }
+"""A draw is a function of one by a standard law."""
 
 
 def check(process: Process, config: NoiseLevels) -> None:
@@ -77,7 +90,21 @@ def draw_times(process: Process, config: NoiseLevels, keys: jax.Array) -> jax.Ar
     """Native times [B], int32 timesteps or f32, of a draw that `check` lets pass."""
     if process.discrete and config.draw == "uniform" and config.shift == 1:
         return uniform_timesteps(keys, process.num_timesteps)
-    u = jax.vmap(lambda key: DRAWS[config.draw](config, key))(keys)
+    standard, drawn = DRAWS[config.draw]
+    u = jax.vmap(lambda key: drawn(config, standard.draw(key)))(keys)
+    return _native(process, config, u)
+
+
+def quantile_times(process: Process, config: NoiseLevels, u: jax.Array) -> jax.Array:
+    """What `draw_times` gives, but for quantiles u [N] in (0, 1) of its standard draws.
+
+    Even u give times of the draw's distribution without a draw; in which order is the draw's.
+    """
+    standard, drawn = DRAWS[config.draw]
+    return _native(process, config, drawn(config, standard.quantile(u)))
+
+
+def _native(process: Process, config: NoiseLevels, u: jax.Array) -> jax.Array:
     if config.draw == "log_normal":
         return u
     return process.training_time(jnp.asarray(shifted(u, config.shift)))

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.diffusion.noise_levels import DRAWS, NoiseLevels, check, draw_times, shifted
+from ldm_jax.diffusion.noise_levels import (
+    DRAWS,
+    NoiseLevels,
+    check,
+    draw_times,
+    quantile_times,
+    shifted,
+)
 from ldm_jax.diffusion.process import ProcessConfig, make_process
 from ldm_jax.errors import InputError
 from ldm_jax.keys import example_keys, key_for
@@ -69,6 +76,15 @@ def test_timesteps_are_those_of_the_continuous_draw(draw):
     np.testing.assert_allclose(
         np.mean(t + 0.5) / 50, np.mean(draw_times(FLOW, config, keys())), atol=0.01
     )
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_even_quantiles_have_the_distribution_of_the_draws(draw):
+    process = make_process(ProcessConfig("edm" if draw == "log_normal" else "flow"))
+    config = NoiseLevels(draw, mean=0.3, std=0.8, shift=1.0 if draw == "log_normal" else 2.0)
+    u = (jnp.arange(1000) + 0.5) / 1000
+    got = np.quantile(quantile_times(process, config, u), [0.1, 0.5, 0.9])
+    np.testing.assert_allclose(got, quantiles(config, process), rtol=0.03)
 
 
 @pytest.mark.parametrize("draw", DRAWS)
