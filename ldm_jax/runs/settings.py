@@ -5,6 +5,7 @@ from typing import Any
 
 from ldm_jax.data.images import ImagesConfig
 from ldm_jax.diffusion.objective import Objective
+from ldm_jax.diffusion.perceptual import PerceptualConfig
 from ldm_jax.diffusion.process import ProcessConfig
 from ldm_jax.errors import InputError, choose, within
 from ldm_jax.eval.judge import JudgeOptions
@@ -142,6 +143,7 @@ class DenoiserRun(Run):
     process: ProcessConfig = ProcessConfig()
     objective: Objective = Objective()
     loss: DenoiserLoss = DenoiserLoss()
+    lpl: PerceptualConfig = PerceptualConfig()
     optim: OptimConfig = OptimConfig(weight_decay=0.01)
 
     def __post_init__(self):
