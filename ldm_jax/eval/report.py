@@ -66,7 +66,7 @@ def write_report(
     """
     sections = [
         ("Figures", _figures(figures) if figures else ""),
-        *((table.title, _rows(table)) for table in (Table(*t) for t in tables)),
+        *((table.title, _rows(table)) for table in map(Table._make, tables)),
         ("Images", _images(images) if images else ""),
         ("Curves", _curves(curves) if curves else ""),
         ("Time", _timings(timings) if timings else ""),

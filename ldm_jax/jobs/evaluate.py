@@ -12,11 +12,15 @@ from ldm_jax.eval import published
 from ldm_jax.eval.evaluation import evaluate, prepare, write_statistics
 from ldm_jax.eval.image_sets import open_set
 from ldm_jax.eval.judge import JudgeOptions
+from ldm_jax.eval.report import Table
 from ldm_jax.files import append_json, utc_now
 from ldm_jax.options import Group, option
 from ldm_jax.runs.config_files import build
 from ldm_jax.runs.denoiser import load_model
 from ldm_jax.runs.digit_judge import open_judge, sample_figures
+from ldm_jax.runs.first_stage import load_first_stage
+from ldm_jax.runs.posterior import NUM as POSTERIOR_NUM
+from ldm_jax.runs.posterior import measure_posterior, write_posterior
 from ldm_jax.runs.reconstruction import (
     NUM,
     RESULTS,
@@ -37,6 +41,7 @@ NUM_DIGITS, NUM_SAMPLES = 1000, 50_000  # samples by the digits' classifier, and
 OF_SETS = ("unconditional", "class-conditional", "text-to-image")  # published of sets of images
 # Of SampleOptions, what is of `ldm sample` alone; `num` stands in EvaluateOptions.
 NOT_SAMPLED = ("num", "progressive", "size", "tile", "tile_overlap")
+ALLOW_FEW = JudgeOptions(allow_few=True)
 SETS = Group("sets of images", "Measured instead of a run.")
 JUDGED = Group("samples that are measured")
 
@@ -52,6 +57,11 @@ class EvaluateOptions:
         "",
         "prints what was published for it beside ours: celebahq, ffhq, imagenet, ...",
         metavar="NAME",
+    )
+    posterior: bool = option(
+        False,
+        "a first stage's posterior noise: its size and what it costs the decoder, of 1000 held-out "
+        "images and --seed; writes WORKDIR/posterior.html",
     )
     images: str = option(
         "", "folder of images or .npz; results go to --out", metavar="DIR_OR_NPZ", group=SETS
@@ -88,6 +98,8 @@ def run(
     if (workdir is None) == (not options.images):
         raise InputError("give --workdir=DIR of a run, or --images=DIR_OR_NPZ of a set of images")
     if options.images:
+        if options.posterior:
+            raise InputError("--posterior is of a first stage, not of --images; leave one out")
         _refuse_sampling(options, samples, "a set of images is measured whole")
         if not options.out:
             raise InputError("--images needs --out: a folder of results, a file with --stats-only")
@@ -102,6 +114,11 @@ def run(
     if options.stats_only or options.out:
         raise InputError("--out and --stats-only belong to --images; leave them out")
     if read_run(workdir)["job"] != "train-autoencoder":
+        if options.posterior:
+            raise InputError(
+                f"--posterior is of a first stage, and {workdir} holds a denoiser; give the "
+                "workdir of its autoencoder, or leave it out"
+            )
         denoiser(
             workdir,
             dataclasses.replace(samples, num=options.num),
@@ -111,8 +128,23 @@ def run(
             dataset=options.dataset,
         )
         return
-    known = {"num", "step", "weights"}
+    known = {"num", "step", "weights"} | ({"seed"} if options.posterior else set())
     _refuse_sampling(options, samples, "this workdir holds a first stage", known)
+    if options.posterior:
+        if options.dataset or judge not in (None, ALLOW_FEW):
+            raise InputError(
+                "--posterior has figures of its own, that nobody published; leave --dataset and "
+                "the flags of frozen networks, but for --allow-few, out"
+            )
+        posterior(
+            workdir,
+            num=options.num or POSTERIOR_NUM,
+            step=samples.step,
+            weights=samples.weights,
+            seed=samples.seed,
+            allow_few=judge is not None,
+        )
+        return
     first_stage(
         workdir,
         judge,
@@ -150,6 +182,38 @@ def first_stage(
     figures |= judged() if judged else {}
     _show(figures, rows)
     return figures
+
+
+def posterior(
+    workdir: Path,
+    *,
+    num: int = POSTERIOR_NUM,
+    step: int = -1,
+    weights: str = "auto",
+    seed: int = 0,
+    allow_few: bool = False,
+) -> Figures:
+    """Figures of a first stage's posterior noise, of at most `num` held-out images.
+
+    Printed, appended, and drawn in WORKDIR/posterior.html; see `runs.posterior`. Raises InputError
+    for a first stage whose latents are points.
+    """
+    record = read_run(workdir)
+    within("num", num, "[1, inf)")
+    mesh = make_mesh(MeshConfig())
+    stage = load_first_stage(workdir, mesh, step=step, weights=weights)
+    lpips = find_lpips(stage.run.loss)
+    found = measure_posterior(stage, mesh, limit=num, seed=seed, lpips=lpips, allow_few=allow_few)
+    which = {"limit": num, "step": step, "weights": weights, "posterior": True, "seed": seed}
+    _note(workdir, record["job"], which, found.figures)
+    if jax.process_index() == 0:
+        flags = f"--num={num} --step={step} --weights={weights} --seed={seed}"
+        command = f"ldm evaluate --workdir={workdir} --posterior {flags}"
+        path = write_posterior(found, workdir, command + " --allow-few" * allow_few)
+        for table in found.tables:
+            _print_table(table)
+        print(f"{found.verdict}\n{path}")
+    return found.figures
 
 
 def denoiser(
@@ -253,6 +317,16 @@ def _published(dataset: str, *tasks: str) -> list[published.Row]:
             f"those of {known}"
         )
     return rows
+
+
+def _print_table(table: Table) -> None:
+    """Its columns as wide as their cells; the first to the left, the others to the right."""
+    rows = [table.head, *table.rows]
+    first, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for name, *cells in rows:
+        line = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+        print(f"{name:{first}}{line}")
+    print()
 
 
 def _show(figures: Figures, rows: list[published.Row]) -> None:

@@ -143,3 +143,49 @@ def test_a_first_stage_is_measured_by_the_options_that_it_has(first_stage, monke
         ((first_stage, None), {"num": 10_000, "step": -1, "weights": "auto", "dataset": ""}),
         ((first_stage, RANDOM), {"num": 7, "step": 3, "weights": "params", "dataset": "ffhq"}),
     ]
+
+
+def posterior(workdir, judge=None, **change):
+    options = evaluate.EvaluateOptions(posterior=True, num=NUM)
+    evaluate.run(workdir, options, SampleOptions(**change), judge)
+
+
+def test_the_posterior_is_measured_noted_and_shown(workdir, capsys):
+    posterior(workdir, seed=3)
+    out, (line,) = capsys.readouterr().out, (workdir / "evaluation.jsonl").read_text().splitlines()
+    line = json.loads(line)
+    assert line["settings"]["posterior"] and line["settings"]["seed"] == 3
+    figures = line["figures"]
+    assert figures["num_images"] == NUM and figures["step"] == 3
+    assert figures["psnr_db/k0"] > figures["psnr_db/k8"]
+    for words in ("sqrt(E[sigma^2])", "D(mu + 8 sigma xi)", "can differ only", "posterior.html"):
+        assert words in out
+    page = (workdir / "posterior.html").read_text()
+    assert "--posterior --num=40 --step=-1 --weights=auto --seed=3" in page
+
+
+def test_the_posterior_takes_no_flags_of_other_evaluations(workdir, monkeypatch):
+    def measured(*arguments, **options):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(evaluate, "measure_posterior", measured)
+    for judge, change, words in (
+        (RANDOM, {}, "figures of its own, .*--allow-few"),
+        (None, {"steps": 7}, "--steps 7 is about samples"),
+        (None, {"batch_size": 7}, "--batch-size 7 is about samples"),
+    ):
+        with pytest.raises(InputError, match=words):
+            posterior(workdir, judge, **change)
+    for change, words in (
+        ({"dataset": "ffhq"}, "nobody published"),
+        ({"num": -5}, "num -5 must be at least 1"),
+    ):
+        options = evaluate.EvaluateOptions(**{"posterior": True, "num": NUM, **change})
+        with pytest.raises(InputError, match=words):
+            evaluate.run(workdir, options, SampleOptions(), None)
+    with pytest.raises(InputError, match="--seed 3 is about samples"):
+        evaluate.run(workdir, evaluate.EvaluateOptions(), SampleOptions(seed=3), None)
+    monkeypatch.setattr(evaluate, "read_run", lambda workdir: {"job": "train-denoiser"})
+    with pytest.raises(InputError, match="holds a denoiser; give the workdir of its autoencoder"):
+        posterior(workdir)
+    assert not (workdir / "evaluation.jsonl").exists()

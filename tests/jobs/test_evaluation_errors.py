@@ -67,6 +67,7 @@ def here(tmp_path, monkeypatch):
         (f"{RANDOM} --num=7", ["--num 7 is about samples", "whole"]),
         (f"{RANDOM} --labels=random", ["--labels 'random' is about samples"]),
         (f"{RANDOM} --keep=there", ["--keep 'there' is about samples"]),
+        (f"{RANDOM} --posterior", ["--posterior is of a first stage, not of --images"]),
         (f"{RANDOM} --workdir=w", ["--workdir=DIR of a run, or --images"]),
     ],
 )
