@@ -136,6 +136,19 @@ def test_hybrid_loss_is_the_plain_one_and_the_bound_of_all_timesteps_in_bits():
     np.testing.assert_allclose(hybrid, plain + 0.001 * 1000 * bound / np.log(2), rtol=1e-5)
 
 
+def test_channels_weigh_in_the_bound_as_their_weights_say():
+    learned = Objective(learned_variance=True)
+
+    def loss(channels, weights):
+        data = {"z0": Z0[..., channels], "noise": NOISE[..., channels], "t": T, "cond": None}
+        return denoising_loss(both, PROCESS, learned, **data, channel_weights=weights).loss
+
+    whole, first = slice(None), slice(0, 1)
+    assert Z0.shape[-1] == 2
+    np.testing.assert_allclose(loss(whole, np.array([3.0, 3.0])), loss(whole, None), rtol=1e-5)
+    np.testing.assert_allclose(loss(whole, np.array([1.0, 0.0])), loss(first, None), rtol=1e-5)
+
+
 def test_hybrid_loss_teaches_eps_the_plain_loss_and_v_the_bound():
     def loss(by, objective, denoiser):
         return losses(lambda z_t, t, cond: denoiser(z_t, t, cond) * by, objective).sum()

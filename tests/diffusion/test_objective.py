@@ -228,6 +228,26 @@ def test_direction_term_sees_the_direction_alone():
     np.testing.assert_allclose(extra, 0.5 * (1 - cos).mean(axis=(1, 2)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("penalty", LOSSES)
+def test_channels_weigh_in_the_mean_and_the_direction_as_their_weights_say(penalty):
+    objective = Objective("velocity", "min_snr", cosine_weight=0.5)
+    t, count = jnp.array([0.2, 0.5, 0.8]), 6
+
+    def loss(channels, weights):
+        data = {"z0": Z0[..., :channels], "noise": NOISE[..., :channels], "t": t, "cond": None}
+        more = {"penalty": penalty, "channel_weights": weights}
+        return denoising_loss(lambda z, t, c: 0.3 * z, FLOW, objective, **data, **more).loss
+
+    whole = loss(16, None)
+    np.testing.assert_allclose(loss(16, np.full(16, 7.0)), whole, rtol=1e-5)
+    first = np.repeat([1.0, 0.0], (count, 16 - count))
+    np.testing.assert_allclose(loss(16, first), loss(count, None), rtol=1e-5)
+    # Weights that are whole numbers count a channel as often.
+    data = {"z0": Z0[..., [0, 0, 1]], "noise": NOISE[..., [0, 0, 1]], "t": t, "cond": None}
+    twice = denoising_loss(lambda z, t, c: 0.3 * z, FLOW, objective, penalty=penalty, **data).loss
+    np.testing.assert_allclose(loss(2, np.array([2.0, 1.0])), twice, rtol=1e-5)
+
+
 def test_offset_noise_is_one_draw_an_example_and_channel():
 
     def keys():

@@ -75,6 +75,27 @@ def test_draws_of_a_row_depend_on_its_position_the_step_and_the_seed_alone():
         assert len(np.unique(whole[name])) == np.size(whole[name]), name
 
 
+def test_a_frozen_draw_is_of_the_example_and_the_seed_alone():
+    frozen = dataclasses.replace(DENOISING, codec=dataclasses.replace(PLAIN, draws="example"))
+
+    @jax.jit
+    def draw(seed, step, index, rows):
+        of, moments = dataclasses.replace(frozen, seed=seed), MOMENTS[: len(index)]
+        batch = {"moments": moments, "label": index, denoiser.INDEX: index, POSITION: rows}
+        return drawn(of, batch, step)
+
+    rows, index = np.arange(4), np.array([7, 2, 9, 2])
+    d = draw(0, 0, index, rows)
+    later = draw(0, 5, index, rows + 8)  # of another step, in another place
+    np.testing.assert_array_equal(later["z"], d["z"])
+    assert np.all(np.asarray(later["noise"]) != np.asarray(d["noise"]))
+    noise = (d["z"] - MOMENTS[..., :2]) / np.exp(MOMENTS[..., 2:] / 2)
+    np.testing.assert_allclose(noise[1], noise[3], atol=1e-5)
+    assert not np.isclose(noise[0], noise[1], atol=1e-3).any()
+    for other in (draw(1, 0, index, rows), draw(0, 0, index + 1, rows)):
+        assert np.all(np.asarray(other["z"]) != np.asarray(d["z"]))
+
+
 def test_draws_have_their_laws():
     d = draws(moments=np.broadcast_to(np.float32([1, -2, 0, np.log(9)]), (4000, 1, 1, 4)))
     z = d["z"][:, 0, 0]
@@ -171,9 +192,42 @@ def test_labels_are_dropped_with_the_configured_probability_anew_at_each_step(lo
         np.testing.assert_allclose(both, share**2, atol=5 * share / np.sqrt(count))
 
 
+def test_second_half_weighs_what_it_is_given():
+    for halves, weight in (((3, 0), 0.5), ((2, 2), 1.0)):
+        assert DenoiserLoss(second_half_weight=weight).channel_weights(halves) is None
+    weights = DenoiserLoss(second_half_weight=0.25).channel_weights((1, 2))
+    np.testing.assert_array_equal(weights, [1, 0.25, 0.25])
+
+
+def test_second_half_of_no_weight_leaves_the_loss_of_the_first(monkeypatch):
+    monkeypatch.setattr(denoiser.denoiser, "apply", lambda config, params, z_t, *_: 0.5 * z_t)
+    white = Whitening((0.0,) * 4, (1.0,) * 4, (-9.0,) * 2, (9.0,) * 2)
+    concat = latents.make_codec("mean_logvar", "gaussian", white)
+    batch = {"moments": MOMENTS, "label": np.zeros(4, np.int32)}
+
+    def losses(weight):
+        of = dataclasses.replace(
+            DENOISING, codec=concat, loss=DenoiserLoss(second_half_weight=weight)
+        )
+        return jax.jit(lambda batch: per_example(of)({}, {}, batch, 0))(batch)
+
+    none, some, all_ = (losses(w) for w in (0.0, 0.5, 1.0))
+    keys = step.draw_keys(0, "noise", 0, jnp.arange(4))
+    noise = np.asarray(jax.vmap(lambda k: jax.random.normal(k, (2, 2, 4)))(keys))
+    t = np.round(np.asarray(none.times) * 1000).astype(int)
+    alpha, sigma = (x[t].reshape(4, 1, 1, 1) for x in (PROCESS.alpha, PROCESS.sigma))
+    error = (0.5 * (alpha * MOMENTS + sigma * noise) - noise) ** 2
+    first, second = error[..., :2].mean((1, 2, 3)), error[..., 2:].mean((1, 2, 3))
+    np.testing.assert_allclose(none.loss, first, rtol=1e-4)
+    np.testing.assert_allclose(some.loss, (first + 0.5 * second) / 1.5, rtol=1e-4)
+    np.testing.assert_allclose(all_.loss, (first + second) / 2, rtol=1e-4)
+
+
 def test_losses_that_make_no_sense_are_refused():
     with pytest.raises(InputError, match=r"loss 'l3' is unknown; choose one of \['l1', 'l2'\]"):
         DenoiserLoss("l3")
     for share in (-0.1, 1.0):
         with pytest.raises(InputError, match=rf"condition_dropout {share} must be in \[0, 1\)"):
             DenoiserLoss(condition_dropout=share)
+    with pytest.raises(InputError, match=r"second_half_weight -0\.5 must be at least 0"):
+        DenoiserLoss(second_half_weight=-0.5)
