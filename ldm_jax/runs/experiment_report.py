@@ -15,8 +15,12 @@ from ldm_jax.runs.plan import Arm, families
 from ldm_jax.train.log import read_metrics
 
 GAP = 2  # pixels between the rows of samples
-# Training's loss and its parts, and the held-out loss.
-TITLES = {"loss": "Training loss", "eval/loss": "Held-out loss"}
+# Title -> the figure of a line, the first that it has: of a sum of losses the denoising one.
+LOSSES = {
+    "Training loss": ("loss_diffusion", "loss"),
+    "Latent perceptual loss, without its weight": ("loss_lpl",),
+    "Held-out loss": ("eval/loss",),
+}
 
 
 def write(
@@ -54,19 +58,20 @@ def write(
 
 def _losses(folders: Mapping[str, Path], groups: Iterable[Sequence[str]]) -> list[Curve]:
     """A diagram for each loss that is logged and each group of arms."""
-    lines = {arm: read_metrics(folder) for arm, folder in folders.items()}
-    found = {name for of_arm in lines.values() for line in of_arm for name in line}
-    names = sorted(n for n in found if n == "eval/loss" or (n.startswith("loss") and "/" not in n))
-    curves = []
+    lines, curves = {arm: read_metrics(folder) for arm, folder in folders.items()}, []
     for group in groups:
-        for name in names:
+        for title, names in LOSSES.items():
             series = {}
             for arm in group:
-                points = [(line["step"], line[name]) for line in lines.get(arm, []) if name in line]
-                if points:
-                    series[arm] = tuple(zip(*points, strict=True))
+                found = [
+                    (line["step"], next(line[name] for name in names if name in line))
+                    for line in lines.get(arm, [])
+                    if any(name in line for name in names)
+                ]
+                if found:
+                    series[arm] = tuple(zip(*found, strict=True))
             if series:
-                curves.append(Curve(TITLES.get(name, name), series, log=True))
+                curves.append(Curve(title, series, log=True))
     return curves
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
 from ldm_jax.interop import pretrained
-from ldm_jax.runs.build import denoising_of, facts_of_config
+from ldm_jax.models.denoiser import DenoiserConfig
+from ldm_jax.runs.build import denoiser_training, facts_of_config
 from ldm_jax.runs.config_files import build, config_dict, group, load_config_file
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun, Run
 from ldm_jax.runs.workdir import read_run
@@ -203,7 +204,7 @@ def _check_denoiser(config: DenoiserRun, first_stage: AutoencoderRun) -> None:
         fields={field.name: field.shape for field in source.fields},
         num_classes=source.num_classes,
     )
-    denoising_of(config, facts)
+    denoiser_training(config, facts)
 
 
 def _check_start(arm: Arm, other: Arm) -> None:
@@ -212,10 +213,9 @@ def _check_start(arm: Arm, other: Arm) -> None:
     assert isinstance(ours, DenoiserRun) and isinstance(theirs, DenoiserRun)
     same: list[tuple[str, Any, Any]] = [
         ("first_stage", arm.first_stage, other.first_stage),
-        ("model", ours.model, theirs.model),
+        # Zeros stand in for the weights of channels that are new.
+        ("model", _but_for_channels(ours.model), _but_for_channels(theirs.model)),
     ]
-    if ours.init_averages == "keep":
-        same.append(("averages", average_names(ours.ema), average_names(theirs.ema)))
     if ours.init_optimizer == "keep":
         same.append(("optimizer", ours.optim.name, theirs.optim.name))
     for name, a, b in same:
@@ -229,6 +229,17 @@ def _check_start(arm: Arm, other: Arm) -> None:
         raise InputError(
             f"init_weights {ours.init_weights!r}: arm {arm.start!r} has {known}; choose one"
         )
+    kept = average_names(ours.ema) if ours.init_averages == "keep" else []
+    if not set(kept) <= set(known):
+        raise InputError(
+            f"init_averages 'keep' goes on with {kept}, and arm {arm.start!r} has {known[1:]}; "
+            "give both the same ema, or restart them"
+        )
+
+
+def _but_for_channels(model: DenoiserConfig) -> DenoiserConfig:
+    backbone = dataclasses.replace(model.backbone, in_channels=0, out_channels=0)
+    return dataclasses.replace(model, backbone=backbone)
 
 
 def _checked(plan: Mapping[str, Any], arms: dict[str, Arm]) -> dict[str, Arm]:
