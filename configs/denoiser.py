@@ -5,6 +5,7 @@
 | variant       | architecture, batch, learning rate, steps | expected score                       |
 |---------------|-------------------------------------------|--------------------------------------|
 | digits        | ours, small; 4 minutes on two CPU cores   | `ldm demo` prints its figures        |
+| photographs   | ours, small, unconditional                | not yet measured                     |
 | imagenet-ldm4 | LDM, Table 15; 271 V100-days as published | not yet measured (published 10.56 FID)
 | celebahq-ldm4 | LDM, Table 12; 14.4 V100-days as published| not yet measured (published FID 5.11)
 
@@ -20,11 +21,12 @@ PUBLISHED = {
     "celebahq-ldm4": (224, (1, 2, 3, 4), 0, 32, 0, 48, 9.6e-5, 410_000),
 }
 
-VARIANTS = ("digits", *PUBLISHED)
+VARIANTS = ("digits", "photographs", *PUBLISHED)
 
 
 def get_config(variant: str = "imagenet-ldm4") -> ml_collections.ConfigDict:
-    return _digits() if variant == "digits" else _published(PUBLISHED[variant])
+    ours = {"digits": _digits, "photographs": _photographs}
+    return ours[variant]() if variant in ours else _published(PUBLISHED[variant])
 
 
 def _published(row):
@@ -91,6 +93,15 @@ def _digits():
         }
     )
     c.ema = ml_collections.ConfigDict({"decay": 0.995})
+    return c
+
+
+def _photographs():
+    c = _digits()
+    c.batch_size = 32
+    c.model.backbone.width = 32
+    c.model.conditions = ml_collections.ConfigDict()
+    c.loss.condition_dropout = 0.0
     return c
 
 

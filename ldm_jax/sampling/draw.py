@@ -1,7 +1,7 @@
 """The samples of a denoiser, a batch at a time over the mesh."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -41,6 +41,9 @@ class Drawn(NamedTuple):
     progress: np.ndarray  # uint8 [rows,F,H,W,3], the predicted x0 at every so many steps
 
 
+Draw = Callable[[Model], Drawn]
+
+
 def check_options(options: SampleOptions, model: Model) -> SampleOptions:
     """The options with their defaults filled in; raises InputError for what the model can't do."""
     check_values(options)
@@ -68,25 +71,34 @@ def draw_samples(model: Model, options: SampleOptions, fields: Fields = NO_FIELD
     `fields` are what its conditions read beside the class, by name, [N, ...]: sample i takes row
     i % N.
     """
+    return compile_draw(model, options, fields)(model)
+
+
+def compile_draw(model: Model, options: SampleOptions, fields: Fields = NO_FIELDS) -> Draw:
+    """draw(model) -> the samples of this model with any weights; see `draw_samples`."""
     options = check_options(options, model)
     starts = initial_noise(options, model) | read_images(options, model)
     program, decode = compile_sampler(model, options), compile_decoder(model, options)
-    weights = weights_of(model)
     numbers = numbers_of(options, make_process(model.run.process))
-    images, progress = [], []
-    for rows in _batches(options, model, starts, fields):
-        out, frames = program(weights, numbers, rows)
-        if frames is not None and len(images) * options.batch_size < PROGRESS_ROWS:
-            shown = [
-                host_array(decode(weights, numbers, rows, frames, k))
-                for k in range(frames.shape[1])
-            ]
-            progress.append(np.stack(shown, axis=1))
-        images.append(host_array(out))
-    images = np.concatenate(images)[: options.num]
-    shown = np.concatenate(progress) if progress else np.zeros((0, 0, *images.shape[1:]), np.uint8)
-    labels = label_table(options)(np.arange(options.num))
-    return Drawn(images, labels, shown[: min(options.num, PROGRESS_ROWS)])
+
+    def draw(model: Model) -> Drawn:
+        weights, images, progress = weights_of(model), [], []
+        for rows in _batches(options, model, starts, fields):
+            out, frames = program(weights, numbers, rows)
+            if frames is not None and len(images) * options.batch_size < PROGRESS_ROWS:
+                shown = [
+                    host_array(decode(weights, numbers, rows, frames, k))
+                    for k in range(frames.shape[1])
+                ]
+                progress.append(np.stack(shown, axis=1))
+            images.append(host_array(out))
+        images = np.concatenate(images)[: options.num]
+        nothing = np.zeros((0, 0, *images.shape[1:]), np.uint8)
+        shown = np.concatenate(progress) if progress else nothing
+        labels = label_table(options)(np.arange(options.num))
+        return Drawn(images, labels, shown[: min(options.num, PROGRESS_ROWS)])
+
+    return draw
 
 
 def _batches(

@@ -41,9 +41,7 @@ def compile_samples(model: Model, options: SampleOptions, labels: str) -> Draw:
     written there too, as INDEX.png. Raises InputError for what the model cannot do.
     """
     options = check_options(options, model)
-    for name in ("noise", "init_images"):
-        if getattr(options, name):
-            raise InputError(f"{name} {getattr(options, name)!r} is of `ldm sample`; leave it out")
+    refuse_files(options)
     rows = rows_per_process(options.batch_size, model.mesh)
     label_of, program = label_table(options, labels), compile_sampler(model, options)
     numbers = numbers_of(options, make_process(model.run.process))
@@ -67,6 +65,13 @@ def compile_samples(model: Model, options: SampleOptions, labels: str) -> Draw:
         return ImageStream(options.num, lambda rows: read, "samples", made_by, rows, keep)
 
     return draw
+
+
+def refuse_files(options: SampleOptions) -> None:
+    """InputError for samples that depend on files, which no protocol names."""
+    for name in ("noise", "init_images"):
+        if getattr(options, name):
+            raise InputError(f"{name} {getattr(options, name)!r} is of `ldm sample`; leave it out")
 
 
 def labels_kind(run: DenoiserRun, labels: str) -> str:

@@ -28,7 +28,9 @@ PUBLISHED = {
     "imagenet-ldm4": (400_920_579, 1001 * 512),
     "celebahq-ldm4": (274_056_163, 0),
 }
-FIRST_STAGES = {"digits": "digits", "imagenet-ldm4": "vq-f4", "celebahq-ldm4": "vq-f4"}
+FIRST_STAGES = {"digits": "digits", "photographs": "photographs"} | dict.fromkeys(
+    PUBLISHED, "vq-f4"
+)
 
 
 def count(shapes):

@@ -1,0 +1,92 @@
+"""What a denoiser is trained on: posterior samples, their mean, or mean and spread (Choi et al.).
+
+    ldm experiment --config=configs/experiments/decoupled.py:VARIANT --workdir=runs/decoupled
+
+One first stage and one cache of moments; the same network, steps and noise. `mean_logvar` has twice
+the channels; it is decoded from its mean and, from the same latents, resampled by its spread.
+Three seeds; what is written is the difference to `sample`, seed by seed.
+
+| variant     | images, first stage                    | denoiser                  | two CPU cores |
+|-------------|----------------------------------------|---------------------------|---------------|
+| digits      | configs/autoencoder.py:digits          | classes, guidance 1 and 2 | not measured  |
+| photographs | 48 pixels, autoencoder.py:photographs  | unconditional             | not measured  |
+| smoke       | digits in a few steps, to see it run   | classes                   | 2 minutes     |
+
+Measured: docs/results.md.
+"""
+
+import ml_collections
+
+TRAIN_STEPS = 800
+SEEDS = (0, 1, 2)
+SAMPLES = 1000
+STEPS = (10, 25)  # of dpmpp_2m
+EMA, SHORT_EMA = 0.995, 0.98
+
+# variant: (images, codecs, guidance)
+VARIANTS = {
+    "digits": ("digits", ("sample", "mean", "mean_logvar", "sample_frozen"), (1.0, 2.0)),
+    "photographs": ("photographs", ("sample", "mean", "mean_logvar"), (1.0,)),
+    "smoke": ("digits", ("sample", "mean", "mean_logvar", "sample_frozen"), (2.0,)),
+}
+CONTRASTS = (
+    ("mean", "sample"), ("mean_logvar", "sample"), ("mean_logvar", "mean"),
+    ("sample_frozen", "sample"),
+)  # fmt: skip
+
+
+def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
+    images, codecs, guidance = VARIANTS[variant]
+    smoke = variant == "smoke"
+    return ml_collections.ConfigDict(
+        {
+            "first_stage": f"configs/autoencoder.py:{images}",
+            "denoiser": f"configs/denoiser.py:{images}",
+            "arms": {codec: _arm(codec, smoke) for codec in codecs},
+            "samples": {codec: _ways(codec, guidance, smoke) for codec in codecs},
+            "contrasts": {
+                f"{one} - {other}": {one: 1, other: -1} for one, other in CONTRASTS if one in codecs
+            },
+            "seeds": SEEDS[:1] if smoke else SEEDS,
+        }
+    )
+
+
+def _arm(codec, smoke):
+    steps = 6 if smoke else TRAIN_STEPS
+    arm = {
+        "codec": codec,
+        "batch_size": 32,
+        "num_steps": steps,
+        "log_every": 2 if smoke else 20,
+        "checkpoint_every": steps,
+        "eval_every": 2 if smoke else 100,
+        "eval_examples": 256,
+        "model": {"backbone": {"width": 32}},
+        "ema": {"decay": EMA, "more": (SHORT_EMA,)},
+    }
+    return arm | ({"first_stage": {"num_steps": 20}} if smoke else {})
+
+
+def _ways(codec, guidance, smoke):
+    """Both numbers of steps by the main average; the larger one by the shorter average too.
+
+    What tells its spread is also resampled, from the larger number of steps.
+    """
+    steps, num = ((2,), 20) if smoke else (STEPS, SAMPLES)
+    ways = [_way(n, scale, "ema", num) for n in steps for scale in guidance]
+    ways += [_way(steps[-1], scale, f"ema-{SHORT_EMA:g}", num) for scale in guidance]
+    if codec == "mean_logvar":
+        ways += [_way(steps[-1], s, "ema", num) | {"decode": "resampled"} for s in guidance]
+    return ways
+
+
+def _way(steps, guidance, weights, num):
+    return {
+        "sampler": "dpmpp_2m",
+        "steps": steps,
+        "guidance": guidance,
+        "weights": weights,
+        "num": num,
+        "batch_size": min(num, 200),
+    }

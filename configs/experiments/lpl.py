@@ -1,0 +1,111 @@
+"""The latent perceptual loss (Berrada et al., 2025) after pre-training: does it help, and at what?
+
+    ldm experiment --config=configs/experiments/lpl.py:VARIANT --workdir=runs/lpl
+
+Of each objective a base is trained, and three runs go on from it, with its optimizer and averages:
+`control` without the loss, `lpl` with it for as many steps, and `control-time` without it for as
+long as those took. Three seeds; what is written is lpl - control, seed by seed.
+
+| variant     | images, first stage                    | denoiser                  | two CPU cores |
+|-------------|----------------------------------------|---------------------------|---------------|
+| digits      | configs/autoencoder.py:digits          | classes, guidance 1 and 2 | not measured  |
+| photographs | 48 pixels, autoencoder.py:photographs  | unconditional             | not measured  |
+| smoke       | digits in a few steps, to see it run   | one objective             | 2 minutes     |
+
+Measured: docs/results.md.
+"""
+
+import ml_collections
+
+BASE_STEPS, MORE_STEPS = 600, 200  # pre-training, and what goes on from it
+SEEDS = (0, 1, 2)
+SAMPLES = 1000
+STEPS = (10, 25)  # of dpmpp_2m
+EMA, SHORT_EMA = 0.995, 0.98
+LPL = {"target_ratio": 0.25, "nsr_max": 3.0}
+
+VARIANTS = ("digits", "photographs", "smoke")
+
+# objective  process     parameterisation noise levels
+TABLE = """
+eps          ldm_linear  eps              uniform
+v            ldm_linear  v                uniform
+flow         flow        velocity         logit_normal
+"""
+OBJECTIVES = {
+    name: {
+        "process": {"kind": process},
+        "objective": {"parameterisation": kind, "noise_levels": {"draw": draw}},
+    }
+    for name, process, kind, draw in map(str.split, TABLE.strip().splitlines())
+}
+
+
+def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
+    images = {"digits": "digits", "photographs": "photographs", "smoke": "digits"}[variant]
+    smoke = variant == "smoke"
+    names = ["v"] if smoke else list(OBJECTIVES)
+    arms, contrasts = {}, {}
+    for name in names:
+        arms |= _family(name, smoke)
+        for other in ("control", "control-time"):
+            contrasts[f"{name}: lpl - {other}"] = {f"{name}-lpl": 1, f"{name}-{other}": -1}
+    if not smoke:
+        share = 1 / len(names)
+        for other in ("control", "control-time"):
+            signs = {f"{n}-lpl": share for n in names} | {f"{n}-{other}": -share for n in names}
+            contrasts[f"all: lpl - {other}"] = signs
+    return ml_collections.ConfigDict(
+        {
+            "first_stage": f"configs/autoencoder.py:{images}",
+            "denoiser": f"configs/denoiser.py:{images}",
+            "arms": arms,
+            "samples": _ways((1.0, 2.0) if images == "digits" else (1.0,), smoke),
+            "contrasts": contrasts,
+            "seeds": SEEDS[:1] if smoke else SEEDS,
+        }
+    )
+
+
+def _family(name, smoke):
+    base_steps, more_steps = (6, 4) if smoke else (BASE_STEPS, MORE_STEPS)
+    shared = OBJECTIVES[name] | {
+        "batch_size": 32,
+        "log_every": 2 if smoke else 20,
+        "checkpoint_every": base_steps,
+        "eval_every": 2 if smoke else 100,
+        "eval_examples": 256,
+        "model": {"backbone": {"width": 32}},
+        # Constant after its warm-up, so that what goes on does so at the same learning rate.
+        "optim": {"schedule": "constant"},
+        "ema": {"decay": EMA, "more": (SHORT_EMA,)},
+    }
+    if smoke:
+        shared |= {"first_stage": {"num_steps": 20}}
+    start = {"init_from": f"{name}-base", "init_optimizer": "keep", "init_averages": "keep"}
+    more = shared | start | {"num_steps": more_steps}
+    return {
+        f"{name}-base": shared | {"num_steps": base_steps},
+        f"{name}-control": more,
+        f"{name}-lpl": more | {"lpl": LPL | ({"calibration_steps": 2} if smoke else {})},
+        f"{name}-control-time": shared | start | {"as_long_as": (f"{name}-lpl", f"{name}-control")},
+    }
+
+
+def _ways(guidance, smoke):
+    """Both numbers of steps by the main average; the larger one by the shorter average too."""
+    if smoke:
+        return [_way(2, guidance[-1], "ema", 20)]
+    ways = [_way(steps, scale, "ema", SAMPLES) for steps in STEPS for scale in guidance]
+    return ways + [_way(STEPS[-1], scale, f"ema-{SHORT_EMA:g}", SAMPLES) for scale in guidance]
+
+
+def _way(steps, guidance, weights, num):
+    return {
+        "sampler": "dpmpp_2m",
+        "steps": steps,
+        "guidance": guidance,
+        "weights": weights,
+        "num": num,
+        "batch_size": min(num, 200),
+    }
