@@ -27,6 +27,7 @@ CONFIG = tiny.DENOISER.model
 PUBLISHED = {
     "imagenet-ldm4": (400_920_579, 1001 * 512),
     "celebahq-ldm4": (274_056_163, 0),
+    "ffhq-ldm4": (274_056_163, 0),
 }
 FIRST_STAGES = {"digits": "digits", "photographs": "photographs"} | dict.fromkeys(
     PUBLISHED, "vq-f4"
@@ -39,14 +40,17 @@ def count(shapes):
 
 @pytest.mark.parametrize("name", variants("denoiser.py"))
 def test_every_preset_has_the_parameters_of_the_published_architecture(name):
-    run = load_run(DenoiserRun, f"{CONFIGS}/denoiser.py:{name}", [])
-    stage = load_run(AutoencoderRun, f"{CONFIGS}/autoencoder.py:{FIRST_STAGES[name]}", [])
+    begun = ["--config.init_from=somewhere"] if name.endswith("-lpl") else []
+    run = load_run(DenoiserRun, f"{CONFIGS}/denoiser.py:{name}", begun)
+    first = FIRST_STAGES.get(name, "kl-f4")
+    stage = load_run(AutoencoderRun, f"{CONFIGS}/autoencoder.py:{first}", [])
     model = resolve_widths(run, facts_of_config(run, stage.model)).model
     shapes = jax.eval_shape(lambda: denoiser.init(model, jax.random.key(0)))
     backbone, conditioner = count(shapes["backbone"]), count(shapes["conditioner"])
     assert backbone == published_count(model.backbone, model.widths.tokens)
     if name in PUBLISHED:
         assert (backbone, conditioner) == PUBLISHED[name]
+    assert run.lpl.active == bool(begun)
 
 
 def test_imagenet_model_with_its_class_embedder_has_401_433_091_parameters():

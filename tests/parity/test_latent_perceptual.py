@@ -9,8 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm_jax.diffusion import perceptual
+from ldm_jax.diffusion import parameterisation, perceptual
 from ldm_jax.diffusion.perceptual import NORMALISERS, PerceptualConfig
+from ldm_jax.diffusion.process import ProcessConfig, corrupt, make_process
+from ldm_jax.interop.autoencoder_names import diffusers_names, shapes
+from ldm_jax.models import autoencoder
+from ldm_jax.models.autoencoder import AutoencoderConfig
+from ldm_jax.models.latents import PlainCodec, Whitening
+from ldm_jax.models.quantizer import QuantizerConfig
 from tests.parity import reference
 
 pytestmark = pytest.mark.parity
@@ -103,7 +109,7 @@ def their_distance(config, xs, ys):
     """[B], and the share kept at each masked tap [B, taps]."""
     total, shares = 0.0, []
     for tap, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        kept = no_outlier(y, tap)
+        kept = no_outlier(y.detach(), tap)
         if tap >= 2:
             shares.append(kept.mean((1, 2, 3)))
         x, y = normalised(config.normaliser, x, y * kept, kept)
@@ -111,7 +117,7 @@ def their_distance(config, xs, ys):
         each = errors.sum((2, 3))
         if config.reduction == "mean":
             each = each / kept.sum((2, 3)) / len(xs)
-        total = total + each.mean(1) * 2.0 ** -min(tap, 3)
+        total = total + each.mean(1) * xs[0].shape[-1] / x.shape[-1]
     return total, torch.stack(shares, 1)
 
 
@@ -195,3 +201,102 @@ def test_loss_and_gradients_are_the_reference(name):
     for ours, theirs in zip(by_maps, their_by_maps, strict=True):
         assert reference.error(ours, theirs) < 1e-4
     assert reference.error(by_latent, their_by_latent) < 1e-4
+
+
+DECODERS = {
+    "kl": AutoencoderConfig(
+        resolution=64, width=8, width_multipliers=(1, 2, 2, 2), num_res_blocks=1, norm_groups=4
+    ),
+    "vq": AutoencoderConfig(
+        "vq",
+        resolution=64,
+        width=8,
+        width_multipliers=(1, 2, 2),
+        num_res_blocks=1,
+        z_channels=3,
+        latent_channels=3,
+        norm_groups=4,
+        quantizer=QuantizerConfig(codebook_size=64),
+    ),
+}
+TIMES = np.array([0.1, 0.5, 0.9], np.float32)  # of flow matching; the last is behind the gate
+WHITE = {"kl": Whitening((0.5,) * 4, (2.0,) * 4), "vq": Whitening((0.1,) * 3, (0.5,) * 3)}
+
+
+def examples(latent):
+    """(z0, noise, what a denoiser says of the velocity), each [B,h,w,C]."""
+    shape = DECODERS[latent].latent_shape
+    z0, noise, error = (reference.draw(i, BATCH, *shape) for i in (1, 2, 3))
+    return z0, noise, noise - z0 + 0.5 * error
+
+
+def their_features(model, z):
+    """What leaves the middle and each level of diffusers' decoder, with all that stands before."""
+    if hasattr(model, "quantize"):
+        snapped = model.quantize(z)[0]
+        z = z + (snapped - z).detach()
+    maps, decoder = [], model.decoder
+    x = decoder.mid_block(decoder.conv_in(model.post_quant_conv(z)))
+    maps.append(x)
+    for block in decoder.up_blocks:
+        maps.append(block(maps[-1]))
+    return maps
+
+
+def their_total(model, latent, config, output):
+    z0, noise, _ = (reference.to_torch(x) for x in examples(latent))
+    t = torch.from_numpy(TIMES)[:, None, None, None]
+    x0 = (1 - t) * z0 + t * noise - t * output
+    shift, scale = WHITE[latent].shift[0], WHITE[latent].scale[0]
+    with torch.no_grad():
+        seen = their_features(model, z0 * scale + shift)
+    loss, _ = their_distance(config, their_features(model, x0 * scale + shift), seen)
+    return (loss * (torch.from_numpy(TIMES / (1 - TIMES)) <= config.nsr_max)).sum() / BATCH
+
+
+@functools.cache
+def our_totals(latent):
+    """By normaliser: the loss and its gradient by the network's output."""
+    model, names = DECODERS[latent], diffusers_names(DECODERS[latent])
+    theirs = reference.randomize(reference.first_stage(model), reference.GAINS["plain"])
+    params = reference.parameters(theirs, names, shapes(model))
+    z0, noise, output = examples(latent)
+    process = make_process(ProcessConfig(kind="flow"))
+    codec = PlainCodec("gaussian" if latent == "kl" else "point", WHITE[latent])
+    z_t = corrupt(process, z0, noise, TIMES)
+
+    def total(config, params, output):
+        x0, _ = parameterisation.x0_and_eps(process, "velocity", z_t, output, TIMES)
+        maps = len(autoencoder.decoder_taps(model))
+        return perceptual.perceptual_loss(
+            config,
+            lambda z: autoencoder.decoder_maps(model, params, z, maps),
+            codec.decode(x0),
+            codec.decode(jnp.asarray(z0)),
+            perceptual.noise_ratio(process, TIMES),
+            jnp.array([0.3, 0.1, 0.2]),
+            BATCH,
+        ).value
+
+    @jax.jit
+    def answers(params, output):
+        return {
+            name: jax.value_and_grad(
+                functools.partial(total, PerceptualConfig(normaliser=name)), 1
+            )(params, output)
+            for name in NORMALISERS
+        }
+
+    return theirs, answers(params, jnp.asarray(output))
+
+
+@pytest.mark.parametrize("name", NORMALISERS)
+@pytest.mark.parametrize("latent", DECODERS)
+def test_loss_of_a_prediction_through_a_decoder_is_the_reference(latent, name):
+    model, ours = our_totals(latent)
+    output = reference.to_torch(examples(latent)[2]).requires_grad_()
+    loss = their_total(model, latent, PerceptualConfig(normaliser=name), output)
+    loss.backward()
+    np.testing.assert_allclose(ours[name][0], loss.item(), rtol=1e-4)
+    assert reference.error(ours[name][1], reference.from_torch(output.grad)) < 1e-4
+    assert not np.asarray(ours[name][1])[2].any() and np.asarray(ours[name][1])[1].any()
