@@ -44,7 +44,8 @@ OBJECTIVES = {
 def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
     images = {"digits": "digits", "photographs": "photographs", "smoke": "digits"}[variant]
     smoke = variant == "smoke"
-    names = ["v"] if smoke else list(OBJECTIVES)
+    objectives = {"digits": ("eps", "v", "flow"), "photographs": ("eps", "flow"), "smoke": ("v",)}
+    names = objectives[variant]
     arms, contrasts = {}, {}
     for name in names:
         arms |= _family(name, smoke)

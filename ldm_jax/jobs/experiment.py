@@ -19,13 +19,13 @@ from ldm_jax.eval.spectrum import Spectrum
 from ldm_jax.files import read_json, write_json, write_text
 from ldm_jax.jobs import cache_latents, train_autoencoder, train_denoiser
 from ldm_jax.runs import experiment_report, pace
-from ldm_jax.runs.config_files import load_config_file
 from ldm_jax.runs.denoiser import load_model
 from ldm_jax.runs.plan import (
     Arm,
-    layered,
+    load_plan,
     read_denoisers,
     read_first_stages,
+    shared_first_stage,
     training_order,
 )
 from ldm_jax.runs.reconstruction import find_lpips, reconstruction_figures
@@ -48,16 +48,17 @@ class Study:
     reals: Callable[[], Spectrum] | None = None  # the spectrum that samples are held against
 
 
-def run(spec: str, workdir: Path) -> list[Row]:
+def run(spec: str, workdir: Path, images: str = "") -> list[Row]:
     """Trains and measures every arm for every seed; writes results.json, .md and report.html.
 
     The file's get_config gives `arms`, {name: fields of a run on top of a base}, and `seeds`; see
     `first_stages` and `denoisers` for the rest. An arm of `as_long_as` (ARM, YARDSTICK) has as many
     steps as take ARM's time at YARDSTICK's speed. `contrasts`, {name: {arm: coefficient}}, are
-    summed seed by seed. Raises InputError before any training for what makes no valid run or is
-    missing, and for a workdir that holds another plan.
+    summed seed by seed. A folder of `images` takes the place of the plan's. Raises InputError
+    before any training for what makes no valid run or is missing, and for a workdir that holds
+    another plan.
     """
-    plan, workdir = load_config_file(spec), Path(workdir)
+    plan, workdir = load_plan(spec, images), Path(workdir)
     study = (denoisers if "denoiser" in plan else first_stages)(plan, workdir)
     open_experiment(workdir, plan)
     arms, seeds = study.arms, plan["seeds"]
@@ -68,7 +69,8 @@ def run(spec: str, workdir: Path) -> list[Row]:
 
     def write() -> None:
         if jax.process_index() == 0:
-            command = f"ldm experiment --config={spec} --workdir={workdir}"
+            given = f" --images={images}" if images else ""
+            command = f"ldm experiment --config={spec}{given} --workdir={workdir}"
             order = [(arm, seed) for seed in seeds for arm in arms if found[arm, seed]]
             rows = [{"arm": a, "seed": s, **row} for a, s in order for row in found[a, s]]
             _write(workdir, plan, study, rows, command, read_run(_folder(workdir, *done[-1])))
@@ -182,9 +184,7 @@ def denoisers(plan: dict[str, Any], workdir: Path) -> Study:
     arms = read_denoisers(plan)
     ways = read_ways(plan, arms)
     measure_way, reals = prepare_measure(plan, arms, ways, workdir)
-    folders = {
-        layered(AutoencoderRun, load_config_file(plan["first_stage"])): workdir / "autoencoder"
-    }
+    folders = {shared_first_stage(plan): workdir / "autoencoder"}
     for name, arm in arms.items():
         folders.setdefault(arm.first_stage, workdir / f"autoencoder-{name}")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
+from ldm_jax.files import absolute
 from ldm_jax.interop import pretrained
 from ldm_jax.models.denoiser import DenoiserConfig
 from ldm_jax.runs.build import denoiser_training, facts_of_config
@@ -38,14 +39,22 @@ class Arm:
         return tuple(name for name in (self.start, *self.as_long_as) if name)
 
 
+def load_plan(spec: str, images: str = "") -> dict[str, Any]:
+    """The plan of FILE[:VARIANT]; with a folder of `images`, of those in the place of its own."""
+    plan = load_config_file(spec)
+    if images:
+        plan["images"] = {"source": "folder", "path": absolute(images)}
+    return plan
+
+
 def read_first_stages(plan: Mapping[str, Any]) -> dict[str, Arm]:
     """The arms of a comparison of first stages, checked; see `jobs.experiment.first_stages`."""
-    check_names(plan, {"arms", "seeds"}, {"first_stage", "contrasts"})
+    check_names(plan, {"arms", "seeds"}, {"first_stage", "contrasts", "images"})
     base, arms = load_config_file(plan["first_stage"]) if "first_stage" in plan else {}, {}
     for name in plan["arms"]:
         with in_arm(name):
             fields, as_long_as = _pop_as_long_as(plan["arms"][name])
-            run = layered(AutoencoderRun, base, fields)
+            run = layered(AutoencoderRun, base, fields, _images_of(plan))
             check_first_stage(run)
             _check_seeds(run, plan["seeds"])
             arms[name] = Arm(run, as_long_as=as_long_as)
@@ -55,9 +64,9 @@ def read_first_stages(plan: Mapping[str, Any]) -> dict[str, Arm]:
 def read_denoisers(plan: Mapping[str, Any]) -> dict[str, Arm]:
     """The arms of a comparison of denoisers, checked; see `jobs.experiment.denoisers`."""
     needed = {"first_stage", "denoiser", "arms", "samples", "seeds"}
-    check_names(plan, needed, {"judge", "reference", "contrasts"})
+    check_names(plan, needed, {"judge", "reference", "contrasts", "images"})
     base, arms = load_config_file(plan["denoiser"]), {}
-    shared = layered(AutoencoderRun, load_config_file(plan["first_stage"]))
+    shared = shared_first_stage(plan)
     for name in plan["arms"]:
         with in_arm(name):
             fields, as_long_as = _pop_as_long_as(plan["arms"][name])
@@ -67,6 +76,7 @@ def read_denoisers(plan: Mapping[str, Any]) -> dict[str, Arm]:
                 AutoencoderRun,
                 load_config_file(first if named else plan["first_stage"]),
                 {} if named else first,
+                _images_of(plan),
             )
             run = layered(DenoiserRun, base, fields)
             arms[name] = Arm(run, first_stage, run.init_from, as_long_as)
@@ -86,6 +96,16 @@ def read_denoisers(plan: Mapping[str, Any]) -> dict[str, Arm]:
                     )
                 _check_start(arm, arms[arm.start])
     return _checked(plan, arms)
+
+
+def shared_first_stage(plan: Mapping[str, Any]) -> AutoencoderRun:
+    """That of every arm without one of its own."""
+    return layered(AutoencoderRun, load_config_file(plan["first_stage"]), _images_of(plan))
+
+
+def _images_of(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """What the plan's `images` change of a first stage."""
+    return {"images": plan["images"]} if "images" in plan else {}
 
 
 def training_order(arms: Mapping[str, Arm]) -> list[str]:
