@@ -20,7 +20,7 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
     from ldm_jax.sharding import MeshConfig, make_mesh
     from ldm_jax.train import loop
     from tests import judged, tiny
-    from tests.train.test_mesh import batches_and_draws
+    from tests.train.test_mesh import LPL, batches_and_draws
 
     assert jax.device_count() == 8
     assert jax.local_device_count() == 4
@@ -43,7 +43,12 @@ def main(first_stage: Path, out: Path, coordinator: str, index: int) -> None:
     )
     train_autoencoder.run(autoencoder, out / "autoencoder")
     denoiser = dataclasses.replace(
-        tiny.DENOISER, mesh=mesh, num_steps=10, checkpoint_every=10, autoencoder=str(first_stage)
+        tiny.DENOISER,
+        mesh=mesh,
+        num_steps=10,
+        checkpoint_every=10,
+        autoencoder=str(first_stage),
+        lpl=LPL,
     )
     train_denoiser.run(denoiser, out / "denoiser")
     figures = judged.evaluate_trained(out, step=10)
