@@ -9,9 +9,11 @@ import pytest
 
 from ldm_jax.errors import InputError
 from ldm_jax.eval import digits
+from ldm_jax.eval.comparison import markdown, table
 from ldm_jax.eval.extractors import EXTRACTORS
 from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.jobs import cache_latents, evaluate, experiment, train_autoencoder, train_denoiser
+from ldm_jax.runs import plan as plan_lib
 from ldm_jax.runs.config_files import load_config_file
 from ldm_jax.sampling.options import SampleOptions
 from tests import judged, tiny
@@ -50,7 +52,7 @@ def run(monkeypatch, tmp_path):
 
     def run(plan, file=FILES["first"]):
         files = FILES | {"file": plan, "first": file}
-        monkeypatch.setattr(experiment, "load_config_file", files.__getitem__)
+        monkeypatch.setattr(plan_lib, "load_config_file", files.__getitem__)
         return experiment.run("file", tmp_path)
 
     return run
@@ -117,10 +119,12 @@ def test_every_first_stage_is_trained_once(trained, run, tmp_path):
     assert run(FIRST_STAGES) == rows
     assert trained == order
     assert (tmp_path / "results.md").read_text().splitlines() == [
+        "Mean ± standard error over seeds",
+        "",
         "| arm | seeds | psnr_db | ssim | sharpness |",
         "| --- | --- | --- | --- | --- |",
-        "| one | 2 | 2.000 ± 1.414 | 0.500 ± 0.000 | 1.000 ± 0.000 |",
-        "| two | 2 | 3.000 ± 1.414 | 0.500 ± 0.000 | 1.000 ± 0.000 |",
+        "| one | 2 | 2.000 ± 1.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |",
+        "| two | 2 | 3.000 ± 1.000 | 0.500 ± 0.000 | 1.000 ± 0.000 |",
     ]
     record = json.loads((tmp_path / "results.json").read_text())
     assert record["results"] == rows and record["plan"]["seeds"] == [0, 5]
@@ -143,7 +147,7 @@ def test_another_plan_in_the_same_workdir_is_refused(trained, run):
         ({"arms": {"a": {"batch": 3}}}, "arm 'a': config.batch is not a field"),
         ({"arms": {}}, "none of it empty"),
         ({"seeds": ()}, "none of it empty"),
-        ({"samples": {"one": []}}, "none of it empty, and may give .'first_stage'"),
+        ({"samples": {"one": []}}, "none of it empty, and may give .'contrasts', 'first_stage'"),
         ({"seeds": (0, -1)}, "seed -1 must be in"),
         ({"seeds": 3}, "seeds is 3; it must be a tuple"),
         ({"arms": "one"}, "arms is 'one'; it must be a group of fields"),
@@ -218,7 +222,7 @@ def read_run(folder):
     ("change", "words"),
     [
         ({"seeds": ()}, "none of it empty"),
-        ({"judges": FEW}, "may give .'judge'"),
+        ({"judges": FEW}, "may give .'contrasts', 'images', 'judge'"),
         ({"judge": "adm"}, "judge is 'adm'; it must be a group of fields"),
         ({"samples": "few"}, "samples is 'few'; it must be a group of fields"),
         ({"samples": {"six": 2, "three": THREE}}, r"samples\.six is 2; it must be a tuple"),
@@ -307,6 +311,11 @@ def test_the_objectives_compared_are_five_different_ones():
     }
 
 
+def lines_of(rows):
+    """The table in Markdown, without its title."""
+    return markdown([table(rows)]).splitlines()[2:]
+
+
 def test_the_table_averages_over_seeds_and_leaves_gaps():
     row = {"sampler": "ddim", "steps": 5, "num_samples": 12.0}
     rows = [
@@ -314,10 +323,10 @@ def test_the_table_averages_over_seeds_and_leaves_gaps():
         {**row, "arm": "b", "seed": 0, "frechet_samples": 2.0, "sampler": "heun"},
         {**row, "arm": "a", "seed": 1, "sample_accuracy": 0.7},
     ]
-    assert experiment.table(rows).splitlines() == [
+    assert lines_of(rows) == [
         "| sampler | steps | arm | seeds | sample_accuracy | frechet_samples |",
         "| --- | --- | --- | --- | --- | --- |",
-        "| ddim | 5 | a | 2 | 0.600 ± 0.141 |  |",
+        "| ddim | 5 | a | 2 | 0.600 ± 0.100 |  |",
         "| heun | 5 | b | 1 |  | 2.000 |",
     ]
 
@@ -325,7 +334,7 @@ def test_the_table_averages_over_seeds_and_leaves_gaps():
 def test_the_table_does_not_average_over_ways_of_sampling():
     row = {"sampler": "ddim", "steps": 5, "spacing": "auto", "arm": "a", "seed": 0}
     rows = [{**row, "guidance": g, "sample_accuracy": a} for g, a in ((1.0, 0.5), (2.0, 1.0))]
-    assert experiment.table(rows).splitlines()[2:] == [
+    assert lines_of(rows)[2:] == [
         "| ddim | 5 | 1.0 | a | 1 | 0.500 |",
         "| ddim | 5 | 2.0 | a | 1 | 1.000 |",
     ]
@@ -333,6 +342,6 @@ def test_the_table_does_not_average_over_ways_of_sampling():
 
 def test_the_table_shows_small_figures_and_strips_no_protocol_but_its_hash():
     rows = [{"arm": "a", "seed": 0, "kid50k-adm-12345678": 0.00123, "step": 6.0}]
-    assert experiment.table(rows).splitlines() == [
+    assert lines_of(rows) == [
         "| arm | seeds | kid50k-adm |", "| --- | --- | --- |", "| a | 1 | 0.00123 |",
     ]  # fmt: skip

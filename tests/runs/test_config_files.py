@@ -287,7 +287,7 @@ def test_a_preset_is_understood_with_its_conditions():
     run = load_run(DenoiserRun, "configs/denoiser.py:imagenet-ldm4", [])
     assert run.model.conditions == {"class": ClassCondition(1000, 512)}
     assert run.loss.condition_dropout == 0.1
-    with pytest.raises(InputError, match=r"has no variant 'cifar'; it has: digits, photographs, imag"):
+    with pytest.raises(InputError, match=r"has no variant 'cifar'; it has: digits, photographs,"):
         load_run(DenoiserRun, "configs/denoiser.py:cifar", [])
 
 
