@@ -75,7 +75,7 @@ def _ways(codec, guidance, smoke):
     """
     if smoke:
         more = [{"decode": "resampled"}] if codec == "mean_logvar" else []
-        return [_way(2, guidance[-1], "ema", 20) | fields for fields in ({}, *more)]
+        return [_way(2, guidance[-1], "ema", 32) | fields for fields in ({}, *more)]
     (few, many), num = STEPS, SAMPLES
     ways = [_way(few, scale, "ema", num) for scale in guidance]
     last = guidance[-1]

@@ -96,7 +96,7 @@ def _family(name, smoke):
 def _ways(guidance, smoke):
     """With each guidance; by the last one also in more steps and by the shorter average."""
     if smoke:
-        return [_way(2, guidance[-1], "ema", 20)]
+        return [_way(2, guidance[-1], "ema", 32)]
     few, many = STEPS
     ways = [_way(few, scale, "ema", SAMPLES) for scale in guidance]
     last = guidance[-1]

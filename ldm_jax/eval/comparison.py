@@ -107,6 +107,8 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return {"seeds": len(values), "mean": mean, "verdict": "one seed: no interval"}
+    if not math.isfinite(mean):
+        return {"seeds": len(values), "mean": mean, "verdict": "not finite"}
     low, high = interval(values)
     return {
         "seeds": len(values), "mean": mean, "low": low, "high": high, "verdict": verdict(low, high),
@@ -122,13 +124,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def verdict(low: float, high: float) -> str:
     """What an interval says of a difference."""
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return "not finite"
     if low > 0:
         return "higher"
     if high < 0:
         return "lower"
-    return f"no difference larger than {max(-low, high):.3g}"
+    return f"no difference larger than {max(abs(low), high):.3g}"
 
 
 def contrast_table(found: Sequence[Row]) -> Table:

@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from PIL import Image
 
 from ldm_jax.errors import InputError
 from ldm_jax.eval import digits
@@ -210,8 +211,9 @@ def test_an_arm_may_have_its_own_first_stage_and_a_network_may_judge(
     way, judge = SampleOptions(steps=2, num=12), JudgeOptions(**FEW)
     assert evaluate.denoiser(tmp_path / "six-seed3", way, judge) == figures[0]
     table = (tmp_path / "results.md").read_text().splitlines()
-    assert table[0] == "| sampler | steps | arm | seeds | frechet12-custom |"
-    assert [line[:20] for line in table[2:]] == ["| ddim | 2 | six | 1", "| ddim | 2 | three |"]
+    head = ["arm", "seeds", "sample_accuracy", "frechet_samples", "frechet12-custom"]
+    assert table[2].split(" | ")[2:7] == head
+    assert [line[:20] for line in table[4:]] == ["| ddim | 2 | six | 1", "| ddim | 2 | three |"]
 
 
 def read_run(folder):
@@ -280,19 +282,27 @@ def test_a_bad_plan_of_denoisers_is_refused_before_any_training(change, words, r
     refused(DENOISERS | change, words)
 
 
-def test_the_classifier_judges_digits_alone(refused):
+def test_images_that_are_no_digits_are_judged_by_a_network(refused):
     denoiser = {"model": {"conditioner": {"kind": "none"}}}
-    arms = {"six": denoiser, "three": denoiser}
-    refused(
-        DENOISERS | {"arms": arms}, "'photographs', .* give the plan a `judge`", file=PHOTOGRAPHS
-    )
+    plan = DENOISERS | {"arms": {"six": denoiser, "three": denoiser}}
+    refused(plan, "12 images for 256 features", file=PHOTOGRAPHS)
 
 
-@pytest.mark.parametrize("variant", ["objectives.py", "first_stage.py:photographs"])
-def test_the_plans_of_this_repository_are_good(variant, tmp_path):
+PLANS = {
+    "objectives.py": 5,
+    "first_stage.py:photographs": 4,
+    "lpl.py:photographs": 8,
+    "lpl.py:smoke": 4,
+    "decoupled.py:photographs": 3,
+    "lpl_decoupled.py:digits": 6,
+}
+
+
+@pytest.mark.parametrize(("variant", "arms"), PLANS.items())
+def test_the_plans_of_this_repository_are_good(variant, arms, tmp_path):
     plan = load_config_file(f"configs/experiments/{variant}")
     kind = experiment.denoisers if "denoiser" in plan else experiment.first_stages
-    assert callable(kind(plan, tmp_path))
+    assert len(kind(plan, tmp_path).arms) == arms
     assert not list(tmp_path.iterdir())
 
 
@@ -345,3 +355,99 @@ def test_the_table_shows_small_figures_and_strips_no_protocol_but_its_hash():
     assert lines_of(rows) == [
         "| arm | seeds | kid50k-adm |", "| --- | --- | --- |", "| a | 1 | 0.00123 |",
     ]  # fmt: skip
+
+
+CONTINUED = DENOISERS | {
+    "arms": {
+        "time": {"init_from": "base", "as_long_as": ("more", "control")},
+        "more": {"init_from": "base", "lpl": {"weight": 1.0}},
+        "control": {"init_from": "base"},
+        "base": {},
+    },
+    "samples": [{"steps": 2, "num": 12}, {"steps": 3, "num": 12}],
+    "seeds": (3, 4),
+    "contrasts": {"more - time": {"more": 1, "time": -1}},
+}
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Trainings of denoisers, (folder, steps, what it begins with), that only write their speed."""
+    runs, speed = [], {"base": 90.0, "control": 80.0, "more": 20.0, "time": 80.0}
+
+    def train(run, workdir):
+        start = run.init_from.rsplit("/", 1)[-1]
+        runs.append((workdir.name, run.num_steps, start))
+        if workdir.name in stopped:
+            raise KeyboardInterrupt
+        workdir.mkdir(parents=True, exist_ok=True)
+        keys = ("job", "config", "data", "command", "git", "python", "packages", "devices")
+        (workdir / "run.json").write_text(json.dumps({key: {} for key in keys}))
+        line = {"step": 1, "time/images_per_second": speed.get(workdir.name.split("-")[0], 1.0)}
+        (workdir / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+
+    def measure(model, way, folder):
+        arm, seed = folder.name.split("-seed")
+        figure = len(arm) + int(seed) * (arm == "time") / 10
+        return {"sampler": way.sampler, "steps": way.steps, "frechet_samples": figure}
+
+    stopped = {"time-seed3"}
+    monkeypatch.setattr(train_denoiser, "run", train)
+    monkeypatch.setattr(train_autoencoder, "run", lambda run, folder: None)
+    monkeypatch.setattr(cache_latents, "run", lambda folder, options: None)
+    monkeypatch.setattr(experiment, "load_model", lambda folder, which: None)
+    monkeypatch.setattr(experiment, "prepare_measure", lambda *a: (measure, None))
+    return runs, stopped
+
+
+def test_arms_go_on_from_each_other_stop_and_are_contrasted(timed, run, tmp_path, capsys):
+    runs, stopped = timed
+    with pytest.raises(KeyboardInterrupt):
+        run(CONTINUED)
+    first = [
+        ("base-seed3", 6, ""),
+        ("control-seed3", 6, "base-seed3"),
+        ("more-seed3", 6, "base-seed3"),
+    ]
+    # A quarter of the speed: four times the steps.
+    late = ("time-seed3", 24, "base-seed3")
+    assert sorted(runs) == sorted([*first, late]) and runs[0] == first[0] and runs[-1] == late
+    text = (tmp_path / "results.md").read_text()
+    assert "| control |" in text and "| time |" not in text  # what is there already is compared
+    assert (tmp_path / "report.html").exists()
+    stopped.clear()
+    runs.clear()
+    rows = run(CONTINUED)
+    assert runs[0] == late and [name for name, _, _ in runs[1:]].count("base-seed4") == 1
+    assert len(runs) == 5 and all(name.endswith("seed4") for name, _, _ in runs[1:])
+    assert [row["arm"] for row in rows[::2]] == [*CONTINUED["arms"]] * 2
+    record = json.loads((tmp_path / "results.json").read_text())
+    by_steps = {found["steps"]: found for found in record["contrasts"]}
+    for steps in (2, 3):
+        found = by_steps[steps]
+        # 4 - 4.3 and 4 - 4.4
+        assert found["mean"] == pytest.approx(-0.35) and found["seeds"] == 2
+        assert found["low"] == pytest.approx(-0.35 - 12.706 * 0.05, abs=1e-3)
+    assert "run 5 of 8: " in capsys.readouterr().out
+    runs.clear()
+    assert run(CONTINUED) == rows and not runs
+
+
+def test_images_of_ones_own_are_the_plans(timed, run, tmp_path, monkeypatch):
+    _, stopped = timed
+    stopped.clear()
+    own = tmp_path / "own"
+    own.mkdir()
+    for i, image in enumerate(judged.digits(40)):
+        Image.fromarray(image).save(own / f"{i}.png")
+    plan = DENOISERS | {"judge": FEW}
+    files = FILES | {"file": plan}
+    monkeypatch.setattr(plan_lib, "load_config_file", files.__getitem__)
+    fields = DENOISERS["arms"]["six"] | {"model": {"conditioner": {"kind": "none"}}}
+    plan |= {"arms": {"six": fields, "three": fields | {"num_steps": 3}}}
+    experiment.run("file", tmp_path / "out", str(own))
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert record["plan"]["images"] == {"source": "folder", "path": str(own)}
+    assert f" --images={own} --workdir=" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(InputError, match="holds an experiment with another plan"):
+        experiment.run("file", tmp_path / "out")
