@@ -9,6 +9,7 @@ epsilon 1e-6, downsampling padded on the right and at the bottom only.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -247,6 +248,7 @@ def _last_layer(config):
     return Conv(config.image_channels, dtype=config.dtype, name="conv_out")
 
 
+@functools.cache
 def _declared(config: AutoencoderConfig) -> Any:
     if config.latent == "identity":
         return {"encoder": {}, "decoder": {}}
@@ -258,7 +260,7 @@ def _declared(config: AutoencoderConfig) -> Any:
     declared = {"encoder": declarations(_Encoder(config), x), "decoder": decoder}
     if config.latent == "vq":
         n = config.quantizer.codebook_size
-        codebook = jnp.zeros((n, config.latent_channels))
+        codebook = jax.ShapeDtypeStruct((n, config.latent_channels), jnp.float32)
         declared["quantizer"] = {"codebook": Declared(codebook, quantizer.AXES, 1 / n, 0.0)}
     return declared
 

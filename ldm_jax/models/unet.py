@@ -6,6 +6,7 @@ and ADM attention, 1e-6 in spatial transformers.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -265,6 +266,7 @@ class _UNet(nn.Module):
         return x.astype(jnp.float32)
 
 
+@functools.cache
 def _declared(config: UNetConfig, widths: Widths) -> Any:
     if widths.vector not in (0, 4 * config.width):
         raise InputError(

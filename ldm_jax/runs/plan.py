@@ -41,10 +41,8 @@ class Arm:
 
 def load_plan(spec: str, images: str = "") -> dict[str, Any]:
     """The plan of FILE[:VARIANT]; with a folder of `images`, of those in the place of its own."""
-    plan = load_config_file(spec)
-    if images:
-        plan["images"] = {"source": "folder", "path": absolute(images)}
-    return plan
+    own = {"images": {"source": "folder", "path": absolute(images)}} if images else {}
+    return load_config_file(spec) | own
 
 
 def read_first_stages(plan: Mapping[str, Any]) -> dict[str, Arm]:
