@@ -10,7 +10,7 @@ import pytest
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import train_denoiser
 from ldm_jax.models import denoiser
-from ldm_jax.runs.build import build, facts_of_config
+from ldm_jax.runs.build import build, facts_of_config, resolve_widths
 from ldm_jax.runs.denoiser import read_denoiser
 from ldm_jax.runs.initial import load_initial
 from ldm_jax.runs.workdir import read_run
@@ -114,6 +114,29 @@ def test_new_channels_are_predicted_0_and_change_nothing(groups):
         got = after[..., 4 * part : 4 * part + 4]
         np.testing.assert_allclose(got[..., :2], before[..., 2 * part : 2 * part + 2], atol=1e-6)
         np.testing.assert_array_equal(got[..., 2:], 0)
+
+
+def test_a_run_of_mean_and_spread_begins_with_the_predictions_of_one_channel_half(pretrained):
+    workdir, state = pretrained
+    run, data = read_denoiser(workdir)
+    backbone = dataclasses.replace(run.model.backbone, in_channels=0, out_channels=0)
+    wide = dataclasses.replace(
+        run,
+        init_from=str(workdir),
+        codec="mean_logvar",
+        model=dataclasses.replace(run.model, backbone=backbone),
+    )
+    facts = facts_of_config(wide, tiny.AUTOENCODER.model)
+    wide = resolve_widths(wide, facts)
+    trainer = build(wide, facts, make_mesh(MeshConfig(), jax.devices()[:1]))
+    begun = trainer.init_from(*load_initial(wide, data, trainer))
+    z, t = jax.random.normal(jax.random.key(1), (2, 4, 4, 4)), jnp.array([0.0, 500.0])
+    cond = {"label": jnp.array([1, 2])}
+    before = denoiser.apply(run.model, state.params, z[..., :2], t, cond)
+    after = denoiser.apply(wide.model, begun.params, z, t, cond)
+    assert after.shape[-1] == 4 and float(jnp.abs(before).max()) > 1e-4
+    np.testing.assert_allclose(after[..., :2], before, atol=1e-6, rtol=0)
+    np.testing.assert_array_equal(after[..., 2:], 0)
 
 
 @pytest.mark.parametrize(
