@@ -133,6 +133,8 @@ def _write(
     """The figures, beside the plan and what they were made with, and the page of all of it."""
     made_with = {name: run[name] for name in ("command", "git", "python", "packages", "devices")}
     record = {"plan": plan, "made_with": made_with, "results": [_short(row) for row in rows]}
+    times = pace.read_times(workdir)
+    record |= {"steps": pace.known_steps(workdir, study.arms), "seconds": times}
     differences = contrasts(rows, plan.get("contrasts", {}))
     tables = [table(rows), *([contrast_table(differences)] if differences else [])]
     if "contrasts" in plan:
@@ -146,7 +148,7 @@ def _write(
         rows,
         command=command,
         tables=tables,
-        times=pace.read_times(workdir),
+        times=times,
         reals=study.reals() if study.reals else None,
     )
 

@@ -422,6 +422,8 @@ def test_arms_go_on_from_each_other_stop_and_are_contrasted(timed, run, tmp_path
     assert len(runs) == 5 and all(name.endswith("seed4") for name, _, _ in runs[1:])
     assert [row["arm"] for row in rows[::2]] == [*CONTINUED["arms"]] * 2
     record = json.loads((tmp_path / "results.json").read_text())
+    assert record["steps"] == {"base": 6, "control": 6, "more": 6, "time": 24}
+    assert {"autoencoder", "base-seed3", "time-seed4"} < record["seconds"].keys()
     by_steps = {found["steps"]: found for found in record["contrasts"]}
     for steps in (2, 3):
         found = by_steps[steps]
