@@ -23,9 +23,6 @@ SAMPLES = 400
 STEPS = (8, 16)  # of dpmpp_2m
 EMA, SHORT_EMA = 0.995, 0.98
 
-# Too few samples for a Fréchet distance that means anything.
-SMOKE_JUDGE = {"preset": "custom", "extractor": "random-conv", "allow_few": True}
-
 # variant: (images, codecs, guidance)
 VARIANTS = {
     "digits": ("digits", ("sample", "mean", "mean_logvar", "sample_frozen"), (1.0, 2.0)),
@@ -52,7 +49,6 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
             },
             "seeds": SEEDS[:1] if smoke else SEEDS,
         }
-        | ({"judge": SMOKE_JUDGE} if smoke else {})
     )
 
 

@@ -25,9 +25,6 @@ STEPS = (8, 16)  # of dpmpp_2m
 EMA, SHORT_EMA = 0.995, 0.98
 LPL = {"target_ratio": 0.25, "nsr_max": 3.0, "remat": False}
 
-# Too few samples for a Fréchet distance that means anything.
-SMOKE_JUDGE = {"preset": "custom", "extractor": "random-conv", "allow_few": True}
-
 VARIANTS = ("digits", "photographs", "smoke")
 
 # objective  process     parameterisation noise levels
@@ -69,7 +66,6 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
             "contrasts": contrasts,
             "seeds": SEEDS[:1] if smoke else SEEDS,
         }
-        | ({"judge": SMOKE_JUDGE} if smoke else {})
     )
 
 

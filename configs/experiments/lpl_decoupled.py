@@ -25,9 +25,6 @@ EMA, SHORT_EMA = 0.995, 0.98
 LPL = {"target_ratio": 0.25, "nsr_max": 3.0, "remat": False}
 CODECS = ("sample", "mean")
 
-# Too few samples for a Fréchet distance that means anything.
-SMOKE_JUDGE = {"preset": "custom", "extractor": "random-conv", "allow_few": True}
-
 VARIANTS = ("digits", "photographs", "smoke")
 CONTRASTS = {
     "sample: lpl - control": {"sample-lpl": 1, "sample-control": -1},
@@ -52,7 +49,6 @@ def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
             "contrasts": CONTRASTS,
             "seeds": SEEDS[:1] if smoke else SEEDS,
         }
-        | ({"judge": SMOKE_JUDGE} if smoke else {})
     )
 
 

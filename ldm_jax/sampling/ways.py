@@ -5,6 +5,7 @@ Samples are drawn once for each way, in memory, and given to every judge there i
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ Ways = tuple[SampleOptions, ...]
 Measure = Callable[[Model, SampleOptions, Path], Row]
 
 SPLITS = ("train", "held_out")  # what samples are held against
+# Where the plan names no judge. One's own images are as many as they are, and arms are held against
+# them alike.
+JUDGE = {"preset": "custom", "extractor": "random-conv", "allow_few": True}
 SHOWN = 10  # samples, the first ones, that are kept to look at
 READ = 500  # real images in memory at a time
 FIELDS = {field.name for field in dataclasses.fields(SampleOptions)}
@@ -119,8 +123,7 @@ def prepare_measure(
     digits = config.source == "digits"
     by_network = None
     if "judge" in plan or not digits:
-        default = {"preset": "custom", "extractor": "random-conv"}
-        options = build(JudgeOptions, plan.get("judge", default), "judge")
+        options = build(JudgeOptions, plan.get("judge", JUDGE), "judge")
         for name, of_arm in ways.items():
             with in_arm(name):
                 judged.refuse_files(of_arm[0])
@@ -131,6 +134,8 @@ def prepare_measure(
             num=num,
             reference=None if options.reference else open_split(config, split),
         )
+        if "judge" not in plan:
+            _note_few(min(num, open_split(config, split).num), max(prepared.judge.taps.values()))
         by_network = functools.partial(_by_network, prepared)
     programs: dict[str, Draw] = {}
     classifiers: dict[str, DigitJudge] = {}
@@ -157,6 +162,15 @@ def prepare_measure(
         return row
 
     return measure, reals
+
+
+def _note_few(num: int, width: int) -> None:
+    if num <= width and jax.process_index() == 0:
+        print(
+            f"note: a Fréchet distance of {num} images in {width} features measures their number "
+            f"too: compare arms by it, and nothing else; from {width + 1} images on it is sound",
+            file=sys.stderr,
+        )
 
 
 def spectrum_of(images: ImageStream) -> Spectrum:

@@ -285,7 +285,16 @@ def test_a_bad_plan_of_denoisers_is_refused_before_any_training(change, words, r
 def test_images_that_are_no_digits_are_judged_by_a_network(refused):
     denoiser = {"model": {"conditioner": {"kind": "none"}}}
     plan = DENOISERS | {"arms": {"six": denoiser, "three": denoiser}}
-    refused(plan, "12 images for 256 features", file=PHOTOGRAPHS)
+    judge = {"preset": "custom", "extractor": "random-conv"}
+    refused(plan | {"judge": judge}, "12 images for 256 features", file=PHOTOGRAPHS)
+
+
+def test_few_photographs_of_ones_own_are_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan_lib, "load_config_file", (FILES | {"first": PHOTOGRAPHS}).__getitem__)
+    arms = {"six": {"model": {"conditioner": {"kind": "none"}}}}
+    experiment.denoisers(DENOISERS | {"arms": arms, "samples": THREE}, tmp_path)
+    assert "note: a Fréchet distance of 12 images in 256 features" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 PLANS = {
