@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ldm_jax.errors import InputError, choose
+from ldm_jax.errors import InputError, choose, within
 from ldm_jax.eval.extractors import EXTRACTORS
 from ldm_jax.eval.metrics import METRICS, SECOND
 from ldm_jax.eval.protocol import PRESETS, Preset, Protocol
@@ -63,6 +63,12 @@ class JudgeOptions:
         metavar="FILE_OR_DIR",
         group=NETWORKS,
     )
+    kid_subset_size: int = option(  # of preset "custom"; 0 = 1000
+        0,
+        "images in a subset of KID, of preset custom (default: 1000)",
+        metavar="N",
+        group=NETWORKS,
+    )
     allow_few: bool = option(
         False, "Frechet distances from no more images than features", group=NETWORKS
     )
@@ -81,6 +87,13 @@ class JudgeOptions:
                 f"extractor {self.extractor!r} takes no weights; leave extractor-file "
                 f"{self.extractor_file!r} out"
             )
+        if self.kid_subset_size and self.preset != "custom":
+            raise InputError(
+                f"kid_subset_size {self.kid_subset_size} with preset {self.preset!r}, which has "
+                "its own; leave it out, or take preset 'custom'"
+            )
+        if self.kid_subset_size:
+            within("kid_subset_size", self.kid_subset_size, "[2, inf)", "0 = 1000")
         for name in self.metrics:
             choose("metric", name, METRICS)
 
@@ -106,7 +119,9 @@ class Judge:
     def protocol(self, num: int, labels: str, sampling: Mapping[str, Any]) -> Protocol:
         """What `num` images measured by this judge are named after."""
         first, *others = self.weights
-        second = {name: self.weights[name].digest for name in others}
+        more: dict[str, Any] = {name: self.weights[name].digest for name in others}
+        if self.name == "custom" and self.preset.kid_subset_size != Preset.kid_subset_size:
+            more["kid_subset_size"] = self.preset.kid_subset_size
         return Protocol(
             preset=self.name,
             extractor=first,
@@ -117,7 +132,7 @@ class Judge:
             quantiser="round",
             num=num,
             labels=labels,
-            sampling={**sampling, **second},
+            sampling={**sampling, **more},
         )
 
 
@@ -159,7 +174,8 @@ def find_preset(options: JudgeOptions) -> Preset:
         return PRESETS[options.preset]
     extractor = EXTRACTORS[options.extractor]
     tap = "2048" if "2048" in extractor.taps else next(iter(extractor.taps))
-    return Preset(extractor=extractor.name, tap=tap, resize=extractor.resize)
+    size = options.kid_subset_size or Preset.kid_subset_size
+    return Preset(extractor=extractor.name, tap=tap, resize=extractor.resize, kid_subset_size=size)
 
 
 def read_weights(name: str, file: str) -> pretrained.NetworkWeights:

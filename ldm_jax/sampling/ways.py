@@ -43,7 +43,12 @@ Measure = Callable[[Model, SampleOptions, Path], Row]
 SPLITS = ("train", "held_out")  # what samples are held against
 # Where the plan names no judge. One's own images are as many as they are, and arms are held against
 # them alike.
-JUDGE = {"preset": "custom", "extractor": "random-conv", "allow_few": True}
+JUDGE = {
+    "preset": "custom",
+    "extractor": "random-conv",
+    "kid_subset_size": 100,
+    "allow_few": True,
+}
 SHOWN = 10  # samples, the first ones, that are kept to look at
 READ = 500  # real images in memory at a time
 FIELDS = {field.name for field in dataclasses.fields(SampleOptions)}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ldm_jax import cli
 from ldm_jax.errors import InputError
-from ldm_jax.eval import evaluation, frechet, inception_score, judge, neighbours
+from ldm_jax.eval import evaluation, frechet, inception_score, judge, kernel, neighbours
 from ldm_jax.eval.evaluation import evaluate, prepare
 from ldm_jax.eval.frechet import Moments
 from ldm_jax.eval.image_sets import open_set
@@ -73,6 +73,18 @@ def test_figures_are_those_of_features_taken_by_hand(pictures, halves, tmp_path)
     want |= dict(zip(("density", "coverage"), neighbours.density_coverage(b, a), strict=True))
     assert ours == pytest.approx({f"{k}{N}": v for k, v in want.items()}, rel=1e-4)
     assert want["frechet"] > 1e-3 and want["precision"] < 1
+
+
+def test_kid_of_small_subsets_is_named_by_their_size(pictures, halves, tmp_path):
+    files = halves / "first.npz", halves / "second.npz", tmp_path
+    figures = figures_of(*files, metrics=("kid",), kid_subset_size=8)
+    a, b = (features("random-conv", part)["quarters"] for part in np.split(pictures, 2))
+    want = dict(zip((f"kid{N}", f"kid_std{N}"), kernel.kid(a, b, subset_size=8), strict=True))
+    assert plain(figures) == pytest.approx(want, rel=1e-4)
+    others = figures_of(*files[:2], tmp_path / "other", metrics=("kid",), kid_subset_size=9)
+    assert not figures.keys() & others.keys()
+    # Without a subset as large as the sets it is no longer left out.
+    assert f"kid{N}" in plain(figures_of(*files[:2], tmp_path / "usual", kid_subset_size=8))
 
 
 def test_statistics_folders_and_files_of_one_set_give_the_same(halves, tmp_path):

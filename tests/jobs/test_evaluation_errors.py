@@ -56,6 +56,8 @@ def here(tmp_path, monkeypatch):
         (f"{RANDOM} --reference=absent.npz", ["absent.npz does not exist"]),
         (f"{RANDOM} --reference=set.npz", ["40 images for 256 features", "at least 257"]),
         (f"{RANDOM} --reference=set.npz --metrics=kid", ["1000 images or more", "40"]),
+        (f"{RANDOM} --kid-subset-size=1", ["kid_subset_size 1 must be at least 2"]),
+        ("--preset=adm --kid-subset-size=50", ["kid_subset_size 50 with preset 'adm'"]),
         (f"{RANDOM} --reference=gaussian.npz", ["no metric", "'fid'", "statistics of 'quarters'"]),
         (f"{RANDOM} --reference=gaussian.npz --metrics=kid", ["images, not statistics alone"]),
         (f"{RANDOM} --reference=lie.npz", ["lie.npz", "does not hold"]),
