@@ -186,14 +186,31 @@ def inliers(config: PerceptualConfig, target: jax.Array, tap: int) -> jax.Array:
 def _extremes(maps: jax.Array, quantile: float) -> tuple[jax.Array, jax.Array]:
     """The quantile of [K,H,W,C] over space and its mirror image, both [K,1,1,C] and values of it.
 
-    Torch's kthvalue at whole k. One sort: on a CPU it takes 0.6 of two top_k's time.
+    Torch's kthvalue at whole k, to the bit, by counting instead of sorting: the k-th smallest is
+    the largest number that fewer than k values lie below, found bit by bit.
     """
     k, height, width, c = maps.shape
     size = height * width
-    rising = jnp.sort(maps.reshape(k, size, c), axis=1)
-    first, last = (max(int(size * share), 1) for share in (quantile, 1 - quantile))
-    low, high = rising[:, first - 1], rising[:, last - 1]
-    return low.reshape(k, 1, 1, c), high.reshape(k, 1, 1, c)
+    keys = _in_order(jax.lax.bitcast_convert_type(maps.reshape(k, size, c), jnp.int32))
+    ranks = [max(int(size * share), 1) for share in (quantile, 1 - quantile)]
+    wanted = jnp.array(ranks, jnp.int32).reshape(2, 1, 1)
+
+    def step(i: jax.Array, found: jax.Array) -> jax.Array:
+        larger = found + jax.lax.shift_left(jnp.int32(1), 31 - i)  # the first wraps around to 0
+        below = jnp.stack([jnp.sum(keys < end[:, None], 1, dtype=jnp.int32) for end in larger])
+        return jnp.where(below < wanted, larger, found)
+
+    least = jnp.full((2, k, c), jnp.iinfo(jnp.int32).min, jnp.int32)
+    found = jax.lax.bitcast_convert_type(
+        _in_order(jax.lax.fori_loop(0, 32, step, least)), jnp.float32
+    )
+    low, high = found.reshape(2, k, 1, 1, c)
+    return low, high
+
+
+def _in_order(bits: jax.Array) -> jax.Array:
+    """Bits of f32, as int32, -> int32 in the order of the numbers; and back."""
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 def _pooled(
