@@ -309,13 +309,15 @@ def _experiment(flags: argparse.ArgumentParser) -> Run:
     _add_run(flags)
     flags.add_argument("--config", metavar="FILE[:VARIANT]", required=True, help="the plan")
     flags.add_argument(
-        "--images", default="", metavar="DIR", help="a folder of images in the place of the plan's"
+        "--images", metavar="DIR", help="a folder of images in the place of the plan's"
     )
 
     def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
         if overrides:
             raise InputError(f"{overrides[0]}: an experiment's settings stand in its file; copy it")
-        experiment.run(arguments.config, arguments.workdir, arguments.images)
+        if arguments.images == "":
+            raise InputError("--images is empty; name a folder, or leave the flag out")
+        experiment.run(arguments.config, arguments.workdir, arguments.images or "")
 
     return run
 

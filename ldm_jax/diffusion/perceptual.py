@@ -74,6 +74,8 @@ class PerceptualConfig:
         choose("lpl.depth_weights", self.depth_weights, DEPTH_WEIGHTS)
         for tap_weight in self.tap_weights:
             within("lpl.tap_weights", tap_weight, "[0, inf)")
+        if self.tap_weights and not any(self.tap_weights):
+            raise InputError(f"lpl.tap_weights {self.tap_weights} must be above 0 for some tap")
         if self.taps and self.tap_weights and len(self.taps) != len(self.tap_weights):
             raise InputError(
                 f"lpl.tap_weights {self.tap_weights} must be as many as lpl.taps {self.taps}"

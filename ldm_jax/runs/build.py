@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from ldm_jax.data.records.manifest import Manifest
 from ldm_jax.data.records.parts import Part
 from ldm_jax.diffusion import objective
-from ldm_jax.diffusion.perceptual import capacity
+from ldm_jax.diffusion.perceptual import capacity, gated_share
 from ldm_jax.diffusion.process import make_process
 from ldm_jax.errors import InputError
 from ldm_jax.models import autoencoder, conditions, denoiser
@@ -195,6 +195,11 @@ def perceptual_of(
         raise TypeError("a perceptual loss needs the first stage of the latents, not None")
     perceptual.check(run.lpl, facts.first_stage)
     process, levels = denoising.process, run.objective.noise_levels
+    if not gated_share(process, levels, run.lpl.nsr_max):
+        raise InputError(
+            f"lpl.nsr_max {run.lpl.nsr_max}: no noise level that is trained on is as low; the "
+            "paper's is 3"
+        )
     count = capacity(run.lpl, process, levels, run.batch_size // run.accumulate)
     return perceptual.Perceptual(run.lpl, facts.first_stage, denoising, count)
 

@@ -30,6 +30,7 @@ def load_initial(
     where = Path(config.init_from)
     run, its_data = read_denoiser(where)
     check_same_model(config, run)
+    check_kept(config, run)
     if its_data["encoder_hash"] != data["encoder_hash"]:
         raise InputError(
             f"init_from {where} was trained on latents of another first stage, of encoder_hash "
@@ -81,6 +82,22 @@ def check_same_model(config: DenoiserRun, run: DenoiserRun) -> None:
         )
 
 
+def check_kept(config: DenoiserRun, run: DenoiserRun) -> None:
+    """Raises InputError where what is kept of `run` is no optimizer or average of this run's."""
+    if config.init_optimizer == "keep" and config.optim.name != run.optim.name:
+        raise InputError(
+            f"init_optimizer 'keep' of {config.init_from}: its optimizer is {run.optim.name} and "
+            f"this run's {config.optim.name}; set --config.optim.name={run.optim.name}, or "
+            "--config.init_optimizer=restart"
+        )
+    if config.init_averages == "keep" and config.ema.decay != run.ema.decay:
+        raise InputError(
+            f"init_averages 'keep' of {config.init_from}: its average has decay "
+            f"{run.ema.decay} and this run's {config.ema.decay}; give both the same, or set "
+            "--config.init_averages=restart"
+        )
+
+
 def _architecture(model: DenoiserConfig) -> dict[str, Any]:
     """What of a model its weights belong to, but for the channels at its ends."""
     fields = {f"backbone.{n}": v for n, v in dataclasses.asdict(model.backbone).items()}
@@ -100,11 +117,10 @@ def _note_differences(
         ("whitening", its_data["whitening"], data["whitening"]),
     ):
         if theirs != ours and jax.process_index() == 0:
-            print(
-                f"note: init_from {config.init_from} was trained with {name} {theirs}, this run "
-                f"has {ours}",
-                file=sys.stderr,
-            )
+            which = f"{name} {theirs}, this run has {ours}"
+            if isinstance(theirs, dict):  # of a number a channel
+                which = f"another {name} than this run's"
+            print(f"note: init_from {config.init_from} was trained with {which}", file=sys.stderr)
 
 
 def _like(x: jax.Array) -> jax.ShapeDtypeStruct:

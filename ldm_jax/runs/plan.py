@@ -14,9 +14,9 @@ from ldm_jax.data.images import open_images
 from ldm_jax.errors import InputError
 from ldm_jax.files import absolute
 from ldm_jax.interop import pretrained
-from ldm_jax.models.denoiser import DenoiserConfig
-from ldm_jax.runs.build import denoiser_training, facts_of_config
+from ldm_jax.runs.build import denoiser_training, facts_of_config, resolve_widths
 from ldm_jax.runs.config_files import build, config_dict, group, load_config_file
+from ldm_jax.runs.initial import check_kept, check_same_model
 from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun, Run
 from ldm_jax.runs.workdir import read_run
 from ldm_jax.sharding import check_batch, make_mesh
@@ -156,6 +156,9 @@ def check_names(plan: Mapping[str, Any], needed: set[str], optional: set[str]) -
         if not isinstance(plan[name], str):
             raise InputError(f"{name} is {plan[name]!r}; it must be the text FILE:VARIANT")
     check_tuple(plan["seeds"], "seeds")
+    whole = [s for s in plan["seeds"] if isinstance(s, int) and not isinstance(s, bool)]
+    if len({*whole}) < len(plan["seeds"]):
+        raise InputError(f"seeds is {tuple(plan['seeds'])}; it must be different whole numbers")
 
 
 def check_tuple(value: Any, name: str) -> None:
@@ -227,21 +230,14 @@ def _check_denoiser(config: DenoiserRun, first_stage: AutoencoderRun) -> None:
 
 def _check_start(arm: Arm, other: Arm) -> None:
     """InputError where a run of `other` has not what one of `arm` begins with."""
-    ours, theirs = arm.run, other.run
-    assert isinstance(ours, DenoiserRun) and isinstance(theirs, DenoiserRun)
-    same: list[tuple[str, Any, Any]] = [
-        ("first_stage", arm.first_stage, other.first_stage),
-        # Zeros stand in for the weights of channels that are new.
-        ("model", _but_for_channels(ours.model), _but_for_channels(theirs.model)),
-    ]
-    if ours.init_optimizer == "keep":
-        same.append(("optimizer", ours.optim.name, theirs.optim.name))
-    for name, a, b in same:
-        if a != b:
-            raise InputError(
-                f"init_from {arm.start!r}: {name} is {a} here and {b} there; begin with a run of "
-                "the same, or leave init_from out"
-            )
+    ours, theirs = _resolved(arm), _resolved(other)
+    if arm.first_stage != other.first_stage:
+        raise InputError(
+            f"init_from {arm.start!r} has another first stage; begin with an arm of the same, or "
+            "leave init_from out"
+        )
+    check_same_model(ours, theirs)
+    check_kept(ours, theirs)
     known = ["params", *average_names(theirs.ema)]
     if theirs.weights_named(ours.init_weights) not in known:
         raise InputError(
@@ -255,9 +251,10 @@ def _check_start(arm: Arm, other: Arm) -> None:
         )
 
 
-def _but_for_channels(model: DenoiserConfig) -> DenoiserConfig:
-    backbone = dataclasses.replace(model.backbone, in_channels=0, out_channels=0)
-    return dataclasses.replace(model, backbone=backbone)
+def _resolved(arm: Arm) -> DenoiserRun:
+    """The arm's run, with the channels of its latents."""
+    assert isinstance(arm.run, DenoiserRun) and arm.first_stage
+    return resolve_widths(arm.run, facts_of_config(arm.run, arm.first_stage.model))
 
 
 def _checked(plan: Mapping[str, Any], arms: dict[str, Arm]) -> dict[str, Arm]:

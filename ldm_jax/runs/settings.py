@@ -9,6 +9,7 @@ from ldm_jax.diffusion.perceptual import PerceptualConfig
 from ldm_jax.diffusion.process import ProcessConfig
 from ldm_jax.errors import InputError, choose, within
 from ldm_jax.eval.judge import JudgeOptions
+from ldm_jax.models import latents
 from ldm_jax.models.autoencoder import AutoencoderConfig
 from ldm_jax.models.denoiser import DenoiserConfig
 from ldm_jax.sharding import MeshConfig
@@ -155,7 +156,31 @@ class DenoiserRun(Run):
                 "0; set --config.eval_every"
             )
         within("loss_bins", self.loss_bins, "[0, inf)", "0 logs none")
+        if self.codec not in latents.SPREADS and self.loss.second_half_weight != 1:
+            raise InputError(
+                f"loss.second_half_weight {self.loss.second_half_weight} is of codecs with a "
+                f"spread, {list(latents.SPREADS)}, and codec is {self.codec!r}; leave it 1"
+            )
         self._check_init()
+        self._check_lpl()
+
+    def _check_lpl(self) -> None:
+        lpl = self.lpl
+        if not lpl.active:
+            for field in dataclasses.fields(lpl):
+                if getattr(lpl, field.name) != field.default:
+                    raise InputError(
+                        f"lpl.{field.name} {getattr(lpl, field.name)} is of a loss that has no "
+                        "weight; set --config.lpl.target_ratio=0.25, or --config.lpl.weight"
+                    )
+            return
+        first = lpl.start_step + (lpl.calibration_steps * lpl.every if lpl.target_ratio else 0)
+        if first >= self.num_steps:
+            raise InputError(
+                f"lpl would weigh in at step {first} (start_step {lpl.start_step}"
+                + (f", calibration_steps {lpl.calibration_steps}" if lpl.target_ratio else "")
+                + f"), and num_steps is {self.num_steps}; train longer, or lower these"
+            )
 
     def _check_init(self) -> None:
         for name in ("init_optimizer", "init_averages"):
