@@ -82,7 +82,8 @@ def contrasts(rows: Sequence[Row], wanted: Mapping[str, Mapping[str, float]]) ->
     """Of each contrast, {arm: coefficient}, way and figure: the mean of the sum over seeds.
 
     The sum of coefficient x figure is taken seed by seed, over those that every arm has; `low` and
-    `high` are Student's interval for its mean, of SHARE, where there are two seeds or more.
+    `high` are Student's interval for its mean, of SHARE, where there are two seeds or more. Beside
+    an arm that is decoded otherwise, one that is not stands as it is decoded by its mean.
     """
     values: dict[tuple[Any, ...], dict[tuple[str, int], float]] = {}
     for row in rows:
@@ -91,15 +92,26 @@ def contrasts(rows: Sequence[Row], wanted: Mapping[str, Mapping[str, float]]) ->
             of_runs[row["arm"], row["seed"]] = value
     seeds, found = list(dict.fromkeys(row["seed"] for row in rows)), []
     for (name, coefficients), (key, of_runs) in itertools.product(wanted.items(), values.items()):
+        by_mean = values.get(_decoded_by_mean(key), {})
+        known = {arm for arm, _ in of_runs}
+        if not known & coefficients.keys():
+            continue
+        found_of = {arm: of_runs if arm in known else by_mean for arm in coefficients}
         sums = [
-            sum(c * of_runs[arm, seed] for arm, c in coefficients.items())
+            sum(c * found_of[arm][arm, seed] for arm, c in coefficients.items())
             for seed in seeds
-            if all((arm, seed) in of_runs for arm in coefficients)
+            if all((arm, seed) in found_of[arm] for arm in coefficients)
         ]
         if sums:
             way = {n: value for n, value in zip(WAY, key[:-1], strict=True) if value is not None}
             found.append({"contrast": name, **way, "figure": key[-1], **summary(sums)})
     return found
+
+
+def _decoded_by_mean(key: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The key of the same figure and way, but for how latents are decoded."""
+    place = WAY.index("decode")
+    return (*key[:place], key[place] and "mean", *key[place + 1 :])
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

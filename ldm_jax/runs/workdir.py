@@ -84,6 +84,11 @@ def _version(package: str) -> str:
 def read_run(workdir: str | Path, job: str = "") -> dict[str, Any]:
     """run.json of a workdir; raises InputError where there is none, or one of another `job`."""
     path = Path(workdir) / "run.json"
+    if not Path(workdir).exists():
+        raise InputError(
+            f"workdir {workdir} is not there; check the path, and where it is a run that another "
+            "one names, put it back where it was"
+        )
     if not path.is_file():
         raise InputError(
             f"workdir {workdir} holds no run.json: it is not the run directory of a training; "

@@ -471,6 +471,7 @@ def test_scale_and_shift_of_the_latents_cancel():
         ({"depth_weights": "deep"}, r"lpl.depth_weights 'deep' is unknown.*'uniform'"),
         ({"tap_weights": (-1.0,)}, r"lpl.tap_weights -1.0 must be at least 0"),
         ({"taps": ("mid",), "tap_weights": (1.0, 2.0)}, r"lpl.tap_weights .* as many as lpl.taps"),
+        ({"tap_weights": (0.0, 0.0)}, r"lpl.tap_weights \(0.0, 0.0\) must be above 0 for some"),
         ({"normaliser": "shared"}, r"lpl.normaliser 'shared' is unknown.*'pred_stats'"),
         ({"mask_quantile": 0.5}, r"lpl.mask_quantile 0.5 must be in \[0, 0.5\)"),
         ({"mask_stds": -2.0}, r"lpl.mask_stds -2.0 must be at least 0"),

@@ -55,6 +55,16 @@ def test_only_what_every_arm_has_is_compared():
     ]
 
 
+def test_what_is_resampled_is_held_against_what_has_no_spread():
+    mean, again = {"decode": "mean"}, {"decode": "resampled"}
+    rows = [row("both", 0, 5.0, **mean), row("both", 0, 4.0, **again), row("one", 0, 1.0, **mean)]
+    rows += [row("two", 0, 1.5, **mean)]
+    found = contrasts(rows, {"a": {"both": 1, "one": -1}, "b": {"two": 1, "one": -1}})
+    assert [(f["contrast"], f["decode"], f["mean"]) for f in found] == [
+        ("a", "mean", 4.0), ("a", "resampled", 3.0), ("b", "mean", 0.5),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("low", "high", "words"),
     [

@@ -89,7 +89,7 @@ def test_bad_flags_of_a_set_of_images_are_refused(capsys, here, flags, words):
         ("--images=set.npz --stats-only", ["--images needs --out"]),
         ("--workdir=w --stats-only", ["--out and --stats-only belong to --images"]),
         ("--workdir=w --out=x", ["--out and --stats-only belong to --images"]),
-        ("--workdir=w", ["w holds no run.json"]),
+        ("--workdir=w", ["w is not there"]),
         ("--images=set.npz --stats-only --out=set.npz", ["--out=set.npz must be a new file"]),
         ("--images=set.npz --stats-only --out=x", ["--out=x must be a new file", ".npz"]),
         ("--images=set.npz --stats-only --out=x.npz", ["40 images for 256 features"]),

@@ -162,7 +162,7 @@ def test_another_plan_in_the_same_workdir_is_refused(trained, run):
         ),
         (
             {"arms": {"a": FILES["first"] | {"init_from": "/none"}}},
-            "arm 'a': workdir /none holds no run.json",
+            "arm 'a': workdir /none is not there",
         ),
     ],
 )

@@ -135,7 +135,7 @@ def test_a_run_guides_itself_by_its_other_weights(workdir, model):
     [
         ({"guide_step": 6}, {}, "at step 6 with weights 'ema' is the model itself"),
         ({"guide_step": -2}, {}, "guide-step -2 must be a checkpoint's"),
-        ({"guide_workdir": "absent"}, {}, "absent holds no run.json"),
+        ({"guide_workdir": "absent"}, {}, "absent is not there"),
         ({}, {"job": "train-autoencoder"}, "belongs to `ldm train-autoencoder`"),
         ({}, {"data": {"encoder_hash": "f" * 64}}, "has encoder_hash ffffffffffff, but"),
         ({}, {"data": {"latent_shape": [8, 8, 2]}}, "has latent_shape .8, 8, 2., but"),

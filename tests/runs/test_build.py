@@ -5,9 +5,16 @@ import dataclasses
 import pytest
 
 from ldm_jax.diffusion.objective import Objective
+from ldm_jax.diffusion.perceptual import PerceptualConfig
 from ldm_jax.errors import InputError
 from ldm_jax.models.latents import DRAWS, SPREADS, Whitening
-from ldm_jax.runs.build import denoising_of, facts_of_config, facts_of_record, resolve_widths
+from ldm_jax.runs.build import (
+    denoising_of,
+    facts_of_config,
+    facts_of_record,
+    perceptual_of,
+    resolve_widths,
+)
 from tests import tiny
 
 VQ = dataclasses.replace(tiny.AUTOENCODER.model, latent="vq")
@@ -54,6 +61,13 @@ def test_a_first_stage_of_points_has_no_spread_to_train_on():
     assert denoising_of(run_of("mean"), facts_of_config(run_of("mean"), VQ)).codec.channels == 2
     with pytest.raises(InputError, match=r"codec 'mean_std' .* points .*use --config\.codec=mean"):
         facts_of_config(run_of("mean_std"), VQ)
+
+
+def test_a_gate_that_nothing_passes_is_refused():
+    run = dataclasses.replace(tiny.DENOISER, lpl=PerceptualConfig(weight=1.0, nsr_max=1e-9))
+    facts = facts_of_config(run, tiny.AUTOENCODER.model)
+    with pytest.raises(InputError, match="lpl.nsr_max 1e-09: no noise level that is trained on"):
+        perceptual_of(run, facts, denoising_of(run, facts))
 
 
 def test_the_record_of_an_earlier_version_is_read():

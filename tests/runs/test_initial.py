@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.diffusion.perceptual import PerceptualConfig
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import train_denoiser
 from ldm_jax.models import denoiser
@@ -16,6 +17,7 @@ from ldm_jax.runs.initial import load_initial
 from ldm_jax.runs.workdir import read_run
 from ldm_jax.sharding import MeshConfig, make_mesh
 from ldm_jax.train import ema, optim
+from ldm_jax.train.denoiser import DenoiserLoss
 from ldm_jax.train.step import updates_done
 from tests import tiny
 
@@ -174,8 +176,12 @@ def test_a_run_of_mean_and_spread_begins_with_the_predictions_of_one_channel_hal
     ("fields", "message"),
     [
         ({"init_weights": "ema-0.5"}, "no weights 'ema-0.5'"),
-        ({"ema": ema.EmaConfig(decay=0.9, more=(0.5,)), **KEPT}, "no weights 'ema-0.5'"),
-        ({"optim": optim.OptimConfig(name="lion"), **KEPT}, "optimizer does not fit"),
+        ({"ema": ema.EmaConfig(decay=0.99, more=(0.5,)), **KEPT}, "no weights 'ema-0.5'"),
+        (
+            {"optim": optim.OptimConfig(name="lion"), **KEPT},
+            "its optimizer is adamw and this run's lion",
+        ),
+        ({"ema": ema.EmaConfig(decay=0.5), **KEPT}, "decay 0.99 and this run's 0.5"),
     ],
 )
 def test_what_the_other_run_has_not_is_refused(pretrained, fields, message):
@@ -211,6 +217,20 @@ def test_another_model_or_first_stage_is_refused(pretrained):
         (
             {"init_from": "x", "ema": ema.EmaConfig(decay=0.9, power=(0.1,)), **KEPT},
             "shares of one training",
+        ),
+        ({"lpl": PerceptualConfig(taps=("mid",))}, "lpl.taps .* of a loss that has no weight"),
+        (
+            {"lpl": PerceptualConfig(target_ratio=0.25)},
+            "weigh in at step 20 .start_step 0, calibration_steps 20., and num_steps is 6",
+        ),
+        (
+            {"lpl": PerceptualConfig(target_ratio=0.25, calibration_steps=2, every=3)},
+            "weigh in at step 6 ",
+        ),
+        ({"lpl": PerceptualConfig(weight=1.0, start_step=6)}, "weigh in at step 6 .start_step 6."),
+        (
+            {"loss": DenoiserLoss(second_half_weight=2.0)},
+            "second_half_weight 2.0 is of codecs with",
         ),
     ],
 )

@@ -79,13 +79,18 @@ def test_families_stay_together_in_groups_of_a_size():
             "init_weights 'ema-0.5': arm 'base' has",
         ),
         ("lpl", {"ema": {"more": (0.9,)}}, "'keep' goes on with .*'ema-0.9'.* arm 'base' has"),
-        ("lpl", {"first_stage": {"seed": 1}}, "init_from 'base': first_stage is "),
-        ("lpl", {"model": {"backbone": {"width": 16}}}, "init_from 'base': model is .*width=16"),
+        ("lpl", {"first_stage": {"seed": 1}}, "init_from 'base' has another first stage"),
+        (
+            "lpl",
+            {"model": {"backbone": {"width": 16}}},
+            "another architecture: backbone.width is 8 there and 16",
+        ),
         (
             "lpl",
             {"init_optimizer": "keep", "optim": {"name": "lion", "schedule": "constant"}},
-            "optimizer is lion here and adamw there",
+            "its optimizer is adamw and this run's lion; set",
         ),
+        ("lpl", {"ema": {"decay": 0.5}}, "its average has decay 0.99 and this run's 0.5; give"),
         ("base", {"images": {"source": "folder"}}, "arm 'base': config.images is not a field"),
     ],
 )
@@ -114,6 +119,20 @@ def test_new_channels_are_no_other_model():
     both = {"base": free | {"codec": "mean"}, "wide": wide | {"init_from": "base"}}
     read = read_denoisers(PLAN | {"arms": both, "contrasts": {}})
     assert training_order(read) == ["base", "wide"]
+
+
+def test_fewer_channels_than_the_other_arm_has_are_refused_before_any_training():
+    free = {"model": {"backbone": {"in_channels": 0, "out_channels": 0}}}
+    wide = free | {"codec": "mean_logvar"}
+    arms = {"wide": wide, "mean": free | {"codec": "mean", "init_from": "wide"}}
+    with pytest.raises(InputError, match=r"arm 'mean': .* latents of 4 channels, and this run 2"):
+        read_denoisers(PLAN | {"arms": arms, "contrasts": {}})
+
+
+@pytest.mark.parametrize("seeds", [(0, 0), ("a",), (True, 0), (0.5,)])
+def test_seeds_are_different_whole_numbers(seeds):
+    with pytest.raises(InputError, match="it must be different whole numbers"):
+        read_denoisers(PLAN | {"seeds": seeds})
 
 
 def test_images_of_ones_own_take_the_place_of_the_plans(tmp_path, monkeypatch):

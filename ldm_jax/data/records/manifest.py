@@ -144,7 +144,7 @@ def load_manifest(directory: Path) -> Manifest:
         state = "is unfinished" if (directory / SPEC).exists() else "is not there"
         raise InputError(
             f"latent cache {directory} {state}: it has no {MANIFEST}; run `ldm cache-latents` "
-            "(again) to write it"
+            "(again) to write it, or put it back where it was"
         )
     return _build(Manifest, _load(path), path)
 
