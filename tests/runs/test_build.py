@@ -66,7 +66,7 @@ def test_a_first_stage_of_points_has_no_spread_to_train_on():
 def test_a_gate_that_nothing_passes_is_refused():
     run = dataclasses.replace(tiny.DENOISER, lpl=PerceptualConfig(weight=1.0, nsr_max=1e-9))
     facts = facts_of_config(run, tiny.AUTOENCODER.model)
-    with pytest.raises(InputError, match="lpl.nsr_max 1e-09: no noise level that is trained on"):
+    with pytest.raises(InputError, match=r"lpl\.nsr_max 1e-09: no noise level that is trained on"):
         perceptual_of(run, facts, denoising_of(run, facts))
 
 
