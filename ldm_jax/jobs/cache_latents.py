@@ -68,6 +68,7 @@ def run(workdir: Path, options: CacheOptions, out: Path | None = None) -> dict[s
         wait_for_all(f"latents-end-{split}")
         if jax.process_index() == 0:
             manifests[split] = writer.finish(out / split, spec)
+        wait_for_all(f"latents-finished-{split}")
     return manifests
 
 

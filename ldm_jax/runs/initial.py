@@ -69,6 +69,12 @@ def check_same_model(config: DenoiserRun, run: DenoiserRun) -> None:
             f"init_from {config.init_from} holds another architecture: {name} is "
             f"{have.get(name)!r} there and {want.get(name)!r} in config.model; give the same"
         )
+    learned = config.objective.learned_variance, run.objective.learned_variance
+    if learned[0] != learned[1]:
+        raise InputError(
+            f"init_from {config.init_from} has objective.learned_variance {learned[1]}, and so "
+            f"another output than this run's {learned[0]}; give the same"
+        )
     ours, theirs = config.model.backbone.in_channels, run.model.backbone.in_channels
     if ours != theirs and (theirs > ours or config.init_optimizer == "keep"):
         remedy = (

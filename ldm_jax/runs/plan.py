@@ -21,6 +21,7 @@ from ldm_jax.runs.settings import AutoencoderRun, DenoiserRun, Run
 from ldm_jax.runs.workdir import read_run
 from ldm_jax.sharding import check_batch, make_mesh
 from ldm_jax.train.ema import average_names
+from ldm_jax.train.step import check_traces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ def read_denoisers(plan: Mapping[str, Any]) -> dict[str, Arm]:
     """The arms of a comparison of denoisers, checked; see `jobs.experiment.denoisers`."""
     needed = {"first_stage", "denoiser", "arms", "samples", "seeds"}
     check_names(plan, needed, {"judge", "reference", "contrasts", "images"})
-    base, arms = load_config_file(plan["denoiser"]), {}
+    base, arms, traced = load_config_file(plan["denoiser"]), {}, set[str]()
     shared = shared_first_stage(plan)
     for name in plan["arms"]:
         with in_arm(name):
@@ -83,7 +84,7 @@ def read_denoisers(plan: Mapping[str, Any]) -> dict[str, Arm]:
                     f"its first stage has {first_stage.images}, and the plan's has "
                     f"{shared.images}; arms are compared on the same images"
                 )
-            _check_denoiser(run, first_stage)
+            _check_denoiser(run, first_stage, traced)
             _check_seeds(run, plan["seeds"])
     for name, arm in arms.items():
         if arm.start:
@@ -197,6 +198,10 @@ def _pop_as_long_as(fields: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[st
     pair = fields.pop("as_long_as", ())
     if not isinstance(pair, list | tuple) or len(pair) not in (0, 2):
         raise InputError(f"as_long_as is {pair!r}; it must be the names of two arms")
+    if pair and fields.get("lpl"):
+        raise InputError(
+            "as_long_as finds the steps, and lpl must know them beforehand; give the arm num_steps"
+        )
     if pair and "num_steps" in fields:
         raise InputError(
             f"num_steps {fields['num_steps']} is what as_long_as finds; leave out one of the two"
@@ -209,8 +214,11 @@ def _check_seeds(config: Run, seeds: Iterable[int]) -> None:
         dataclasses.replace(config, seed=seed)  # for its errors alone
 
 
-def _check_denoiser(config: DenoiserRun, first_stage: AutoencoderRun) -> None:
-    """InputError for a first stage and a denoiser that do not go together."""
+def _check_denoiser(config: DenoiserRun, first_stage: AutoencoderRun, traced: set[str]) -> None:
+    """InputError for a first stage and a denoiser that do not go together.
+
+    `traced` takes what was traced, which other arms need not be then.
+    """
     check_first_stage(first_stage)
     for name in ("autoencoder", "latents"):
         if getattr(config, name):
@@ -225,7 +233,12 @@ def _check_denoiser(config: DenoiserRun, first_stage: AutoencoderRun) -> None:
         fields={field.name: field.shape for field in source.fields},
         num_classes=source.num_classes,
     )
-    denoiser_training(config, facts)
+    training = denoiser_training(config, facts)
+    shown = (config.model, config.codec, config.objective, config.lpl, config.batch_size)
+    key = repr((*shown, first_stage.model))
+    if key not in traced:  # once for all arms of one program
+        check_traces(training)
+        traced.add(key)
 
 
 def _check_start(arm: Arm, other: Arm) -> None:

@@ -174,6 +174,12 @@ class DenoiserRun(Run):
                         "weight; set --config.lpl.target_ratio=0.25, or --config.lpl.weight"
                     )
             return
+        if lpl.target_ratio and self.objective.uncertainty:
+            raise InputError(
+                f"lpl.target_ratio {lpl.target_ratio} with objective.uncertainty "
+                f"{self.objective.uncertainty}: a ratio to a likelihood, which may be negative, "
+                "says nothing; set --config.lpl.weight in its place"
+            )
         first = lpl.start_step + (lpl.calibration_steps * lpl.every if lpl.target_ratio else 0)
         if first >= self.num_steps:
             raise InputError(

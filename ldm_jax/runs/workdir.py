@@ -195,4 +195,6 @@ def _is_free(key: str, config: dict[str, Any]) -> bool:
     """Whether a resumed run may change a field; the cosine depends on the length."""
     if key == "num_steps":
         return config.get("optim.schedule") != "cosine"
+    if key == "accumulate" and (config.get("lpl.weight") or config.get("lpl.target_ratio")):
+        return config.get("lpl.share") == 1  # of each part rows are chosen for themselves
     return key.split(".")[0] in FREE_FIELDS

@@ -21,7 +21,7 @@ from ldm_jax.eval.image_sets import ImageStream, open_split
 from ldm_jax.eval.images_out import save_grid
 from ldm_jax.eval.judge import JudgeOptions
 from ldm_jax.eval.spectrum import Spectrum, high_frequency_power
-from ldm_jax.files import digest
+from ldm_jax.files import digest_of
 from ldm_jax.runs.build import codec_of, facts_of_config
 from ldm_jax.runs.config_files import build, group
 from ldm_jax.runs.denoiser import Guide, Model
@@ -233,7 +233,7 @@ def _by_network(
     folder: Path,
 ) -> dict[str, float]:
     stream = ImageStream(
-        len(images), lambda rows: images.__getitem__, "samples", digest(images.tobytes())
+        len(images), lambda rows: images.__getitem__, "samples", digest_of([memoryview(images)])
     )
     return evaluation.evaluate(
         prepared,

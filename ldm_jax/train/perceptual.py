@@ -113,7 +113,9 @@ def training_loss(losses: PerExample, of: Perceptual, bins: int = 0) -> Loss:
         diffusion = examples.loss.mean()
 
         sigma = process.coefficients(times)[1]
-        per_output = -sigma / parameterisation.determinant(process, name, times)  # d x0 / d output
+        det = parameterisation.determinant(process, name, times)
+        # d x0 / d output; at no noise the output is not in it.
+        per_output = jnp.where(sigma > 0, -sigma / jnp.where(sigma > 0, det, 1.0), 0.0)
         per_output = per_output.reshape(-1, *[1] * (slope.ndim - 1)).astype(slope.dtype)
         towards = jax.grad(lambda output: loss_of(output).mean())(
             jax.lax.stop_gradient(examples.output)

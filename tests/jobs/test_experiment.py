@@ -404,6 +404,7 @@ def timed(monkeypatch):
     monkeypatch.setattr(train_denoiser, "run", train)
     monkeypatch.setattr(train_autoencoder, "run", lambda run, folder: None)
     monkeypatch.setattr(cache_latents, "run", lambda folder, options: None)
+    monkeypatch.setattr(plan_lib, "check_traces", lambda training: None)
     monkeypatch.setattr(experiment, "load_model", lambda folder, which: None)
     monkeypatch.setattr(experiment, "prepare_measure", lambda *a: (measure, None))
     return runs, stopped

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax.diffusion.objective import Objective
 from ldm_jax.diffusion.perceptual import PerceptualConfig
 from ldm_jax.errors import InputError
 from ldm_jax.jobs import train_denoiser
@@ -199,6 +200,9 @@ def test_another_model_or_first_stage_is_refused(pretrained):
         InputError, match=r"another architecture: backbone\.width is 8 there and 16"
     ):
         load_initial(other, data, None)
+    learned = dataclasses.replace(run, objective=Objective(learned_variance=True))
+    with pytest.raises(InputError, match="learned_variance False, and so another output"):
+        load_initial(learned, data, None)
     with pytest.raises(InputError, match="latents of another first stage"):
         load_initial(run, data | {"encoder_hash": "0" * 64}, None)
 
@@ -217,6 +221,13 @@ def test_another_model_or_first_stage_is_refused(pretrained):
         (
             {"init_from": "x", "ema": ema.EmaConfig(decay=0.9, power=(0.1,)), **KEPT},
             "shares of one training",
+        ),
+        (
+            {
+                "lpl": PerceptualConfig(target_ratio=0.25, calibration_steps=2),
+                "objective": Objective(uncertainty=8),
+            },
+            "a ratio to a likelihood",
         ),
         ({"lpl": PerceptualConfig(taps=("mid",))}, "lpl.taps .* of a loss that has no weight"),
         (

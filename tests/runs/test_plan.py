@@ -33,7 +33,7 @@ PLAN = {
 def files(monkeypatch):
     monkeypatch.setattr(plan_lib, "load_config_file", FILES.__getitem__)
     # Whether each goes with its first stage is tests/jobs/test_experiment.py's.
-    monkeypatch.setattr(plan_lib, "_check_denoiser", lambda config, first_stage: None)
+    monkeypatch.setattr(plan_lib, "_check_denoiser", lambda *checked: None)
 
 
 def arms(**waits):
@@ -71,6 +71,7 @@ def test_families_stay_together_in_groups_of_a_size():
         ("time", {"as_long_as": ("lpl", "no")}, "arm 'time': as_long_as 'no' must be an arm"),
         ("time", {"as_long_as": "lpl"}, "as_long_as is 'lpl'; it must be the names of two"),
         ("time", {"as_long_as": ("lpl",)}, "it must be the names of two arms"),
+        ("time", {"lpl": {"weight": 1.0}}, "and lpl must know them beforehand"),
         ("time", {"num_steps": 5}, "num_steps 5 is what as_long_as finds; leave out one"),
         ("lpl", {"log_every": 6}, "arm 'time': as_long_as 'lpl': .* lower log_every"),
         (
