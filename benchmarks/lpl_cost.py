@@ -26,7 +26,7 @@ from ldm_jax.sharding import make_mesh
 from ldm_jax.train import perceptual
 from ldm_jax.train.ema import EmaConfig
 
-BATCH, REPEATS = 32, 5
+BATCH, REPEATS = 16, 3
 FIRST_STAGE = AutoencoderConfig(
     resolution=128, width=32, width_multipliers=(1, 2, 4, 4), num_res_blocks=1, norm_groups=8
 )
@@ -99,7 +99,8 @@ def main():
     for last in LAST:
         one, decoder = multiplications(LAST[last])
         # The whole batch is decoded where a gate only masks, whatever passes it.
-        for share, remat in (*((s, False) for s in (*SHARES, 1.0)), (SHARES[1], True)):
+        wanted = [(share, False) for share in (*SHARES, 1.0)]
+        for share, remat in wanted + [(SHARES[1], True)] * (last == "up1"):
             # All pass, so that the share alone says how many are decoded.
             config = PerceptualConfig(
                 weight=1.0, nsr_max=1e9, share=share, taps=taps(last), remat=remat

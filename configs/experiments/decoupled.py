@@ -6,11 +6,11 @@ One first stage and one cache of moments; the same network, steps and noise. `me
 the channels; it is decoded from its mean and, from the same latents, resampled by its spread.
 Three seeds; what is written is the difference to `sample`, seed by seed.
 
-| variant     | images, first stage                    | denoiser                  | two CPU cores |
+| variant     | images, first stage                    | denoiser                  | one CPU core  |
 |-------------|----------------------------------------|---------------------------|---------------|
-| digits      | configs/autoencoder.py:digits          | classes, guidance 1 and 2 | not measured  |
-| photographs | 48 pixels, autoencoder.py:photographs  | unconditional             | not measured  |
-| smoke       | photographs, a few steps, to see it run | unconditional            | 2 minutes     |
+| digits      | configs/autoencoder.py:digits          | classes, guidance 1 and 2 | 30 minutes    |
+| photographs | 48 pixels, autoencoder.py:photographs  | unconditional             | 40 minutes    |
+| smoke       | photographs, a few steps, to see it run | unconditional            | 5 minutes     |
 
 Measured: docs/results.md.
 """

@@ -6,11 +6,11 @@ Of each objective a base is trained, and three runs go on from it, with its opti
 `control` without the loss, `lpl` with it for as many steps, and `control-time` without it for as
 long as those took. Three seeds; what is written is lpl - control, seed by seed.
 
-| variant     | images, first stage                    | denoiser                  | two CPU cores |
+| variant     | images, first stage                    | denoiser                  | one CPU core  |
 |-------------|----------------------------------------|---------------------------|---------------|
-| digits      | configs/autoencoder.py:digits          | classes, guidance 1 and 2 | not measured  |
-| photographs | 48 pixels, autoencoder.py:photographs  | unconditional             | not measured  |
-| smoke       | photographs, a few steps, to see it run | one objective            | 2 minutes     |
+| digits      | configs/autoencoder.py:digits          | classes, guidance 1 and 2 | 70 minutes    |
+| photographs | 48 pixels, autoencoder.py:photographs  | unconditional             | 50 minutes    |
+| smoke       | photographs, a few steps, to see it run | one objective            | 5 minutes     |
 
 Measured: docs/results.md.
 """

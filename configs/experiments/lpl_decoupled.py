@@ -6,11 +6,11 @@
 many steps, with its optimizer and averages. Three seeds; `interaction` is what the loss does to
 `mean` beyond what it does to `sample`.
 
-| variant     | images, first stage                    | denoiser                  | two CPU cores |
+| variant     | images, first stage                    | denoiser                  | one CPU core  |
 |-------------|----------------------------------------|---------------------------|---------------|
-| digits      | configs/autoencoder.py:digits          | classes, guidance 1 and 2 | not measured  |
+| digits      | configs/autoencoder.py:digits          | classes, guidance 1 and 2 | 30 minutes    |
 | photographs | 48 pixels, autoencoder.py:photographs  | unconditional             | not measured  |
-| smoke       | photographs, a few steps, to see it run | unconditional            | 2 minutes     |
+| smoke       | photographs, a few steps, to see it run | unconditional            | 5 minutes     |
 
 Measured: docs/results.md.
 """
