@@ -24,6 +24,8 @@ from ldm_jax.files import sha256
 Batch = dict[str, np.ndarray]
 RECORD_BYTES_KEPT = 1 << 30  # of decoded records; two windows of the order should fit
 _HEAL = "run `ldm cache-latents` again: it writes only the shards that are missing or damaged"
+# numpy parses headers by `ast`, which in CPython 3.11 may fail where two threads are in it at once.
+_PARSING = threading.Lock()
 _WHO = {"encoder_hash": "the autoencoder given has"}
 
 
@@ -111,7 +113,7 @@ class LatentCache:
 
     def _decode(self, number: int, data: bytes) -> Batch:
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            with _PARSING, np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 record = dict(arrays)
             start = number * self.manifest.pack
             end = min(start + self.manifest.pack, len(self))
