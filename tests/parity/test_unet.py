@@ -17,7 +17,14 @@ from tests.parity import reference
 
 pytestmark = pytest.mark.parity
 
-SMALL = unet.UNetConfig(width=8, num_res_blocks=2, norm_groups=4, compute_dtype="float32")
+SMALL = unet.UNetConfig(
+    in_channels=3,
+    out_channels=3,
+    width=8,
+    num_res_blocks=2,
+    norm_groups=4,
+    compute_dtype="float32",
+)
 
 
 def conditional(**fields):
