@@ -100,7 +100,9 @@ def main():
         one, decoder = multiplications(LAST[last])
         # The whole batch is decoded where a gate only masks, whatever passes it.
         wanted = [(share, False) for share in (*SHARES, 1.0)]
-        for share, remat in wanted + [(SHARES[1], True)] * (last == "up1"):
+        if last == "up1":
+            wanted.append((SHARES[1], True))
+        for share, remat in wanted:
             # All pass, so that the share alone says how many are decoded.
             config = PerceptualConfig(
                 weight=1.0, nsr_max=1e9, share=share, taps=taps(last), remat=remat

@@ -132,15 +132,16 @@ def prepare_measure(
         for name, of_arm in ways.items():
             with in_arm(name):
                 judged.refuse_files(of_arm[0])
+        reference = None if options.reference else open_split(config, split)
         prepared = evaluation.prepare(
             options,
             mesh=stub.mesh,
             folder=workdir / "evaluation",
             num=num,
-            reference=None if options.reference else open_split(config, split),
+            reference=reference,
         )
-        if "judge" not in plan:
-            _note_few(min(num, open_split(config, split).num), max(prepared.judge.taps.values()))
+        if reference and "judge" not in plan:
+            _note_few(min(num, reference.num), max(prepared.judge.taps.values()))
         by_network = functools.partial(_by_network, prepared)
     programs: dict[str, Draw] = {}
     classifiers: dict[str, DigitJudge] = {}
