@@ -43,7 +43,7 @@ OBJECTIVES = {
 
 
 def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
-    images = "digits" if variant == "digits" else "photographs"
+    images = {"digits": "digits", "photographs": "photographs", "smoke": "photographs"}[variant]
     smoke = variant == "smoke"
     objectives = {"digits": ("eps", "v", "flow"), "photographs": ("eps", "flow"), "smoke": ("v",)}
     names = objectives[variant]

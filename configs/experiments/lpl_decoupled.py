@@ -36,7 +36,7 @@ CONTRASTS = {
 
 
 def get_config(variant: str = "digits") -> ml_collections.ConfigDict:
-    images = "digits" if variant == "digits" else "photographs"
+    images = {"digits": "digits", "photographs": "photographs", "smoke": "photographs"}[variant]
     smoke, arms = variant == "smoke", {}
     for codec in CODECS:
         arms |= _family(codec, smoke)
